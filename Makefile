@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint types fast-test clean
+
+# `command -v` is not enough: a version manager's shim may exist without its Python.
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV ?= .venv
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+
+# nvidia-smi can be installed on a machine without a GPU; then it fails.
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Quick checks first is an order that -j must not mix up.
+.NOTPARALLEL:
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The CPU build of torch is in PyTorch's own package index, which pip does not know. Where
+# pip finds no such build, uv takes it from there.
+$(INSTALLED): pyproject.toml deploy/cpu_torchvision.py
+	@echo "Setting up $(VENV) for $(DEVICE): a few minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(DEVICE),cpu)
+	$(BIN)/python -m pip install --quiet -e '.[cpu,dev]' || { \
+	  $(BIN)/python -m pip install --quiet uv && \
+	  $(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu -e '.[cpu,dev]'; }
+	$(BIN)/python deploy/cpu_torchvision.py
+else
+	$(BIN)/python -m pip install --quiet -e '.[gpu,dev]'
+endif
+	@touch $@
+
+serve: $(INSTALLED) ## Serve the shipped model on http://127.0.0.1:8000 (options: ARGS=...)
+	$(BIN)/vllm-ficoco serve tiny-llava --host $(HOST) --port $(PORT) $(ARGS)
+
+# The quick checks come first, so that a slip shows before an engine starts.
+test: $(INSTALLED) ## Run everything: lint, types, fast tests, then engine and server tests
+	$(MAKE) --no-print-directory lint types fast-test
+	$(BIN)/python -m pytest -m "engine or server"
+
+lint: $(INSTALLED) ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED) ## Check types
+	$(BIN)/mypy
+
+fast-test: $(INSTALLED) ## Run the tests that start neither an engine nor a server
+	$(BIN)/python -m pytest -m "not engine and not server"
+
+clean: ## Remove caches and build products (not the environment, .venv)
+	rm -rf build dist reports .mypy_cache .pytest_cache .ruff_cache .coverage
+	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

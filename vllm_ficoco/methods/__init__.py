@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry of methods: one file and one line each. CONTRIBUTING.md says how to add one."""
+
+from __future__ import annotations
+
+from vllm_ficoco.methods.evit import EVIT
+from vllm_ficoco.methods.ficoco_v import FICOCO_V
+from vllm_ficoco.methods.none import NONE
+from vllm_ficoco.methods.paradigm import Evidence, Method, Options, Tokens
+from vllm_ficoco.methods.pooling import POOLING
+from vllm_ficoco.methods.prumerge import PRUMERGE
+from vllm_ficoco.methods.random import RANDOM
+from vllm_ficoco.methods.tome import TOME
+from vllm_ficoco.methods.topk import TOPK
+from vllm_ficoco.methods.uniform import UNIFORM
+from vllm_ficoco.methods.visionzip import VISIONZIP
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        NONE,
+        FICOCO_V,
+        TOME,
+        EVIT,
+        TOPK,
+        VISIONZIP,
+        PRUMERGE,
+        POOLING,
+        UNIFORM,
+        RANDOM,
+    )
+}
+
+__all__ = ["METHODS", "Evidence", "Method", "Options", "Tokens"]

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FiCoCo-V: leave what draws on others and means little, fold it into what it attends to.
+
+Han et al., "Rethinking Token Reduction in MLLMs: Towards a Unified Paradigm for Training-Free
+Acceleration", arXiv 2411.17686, section 3.1. n patches at a layer, S leave, T stay:
+
+    s_i = lambda * mean_j A_ij - (1 - lambda) * a_i                          (11)
+    C_ij = A_ij, i in S, j in T                                              (12)
+    alpha_ij = C_ij / sum_{j: C_ij >= tau_i} C_ij, tau_i the eps-quantile of row i
+    X_j <- (X_j + sum_i alpha_ij X_i) / (1 + sum_i alpha_ij)                 (13)
+
+A is the attention among patches, a that of [CLS] to them, both averaged over heads. Before the
+highest s leave, the highest s of every window of the grid is scaled up, so that the leaving
+tokens spread over the image ("local penalty").
+
+The paper does not say what A is numerically. ``attention`` chooses:
+
+- ``logits``: scaled query-key products before the softmax. C then weighs by exp(A_ij), since
+  products may be negative; the targets picked are the same.
+- ``probabilities``: after the softmax over [CLS] and patches. mean_j A_ij is then
+  (1 - A_i,cls) / n, nearly constant, so the first term says little.
+
+``normalise`` divides both terms of s by their length over the tokens, which puts them on one
+scale. Deviations: the start layer is a share of the depth that runs (the paper's 12th of CLIP-L's
+24, of which LLaVA runs 23); what leaves per layer follows from the budget (the authors: 42).
+Without [CLS], a is the attention that a patch receives on average.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vllm_ficoco import schedule
+from vllm_ficoco.methods.paradigm import (
+    AttentionKind,
+    Evidence,
+    Method,
+    Options,
+    Tokens,
+    highest,
+    merge,
+    quantile_per_row,
+)
+
+
+class FiCoCoVOptions(Options):
+    """Options of FiCoCo-V; the numbers are the paper's."""
+
+    attention: AttentionKind = "logits"
+    normalise: bool = True
+    lambda_: Annotated[float, Field(ge=0, le=1, alias="lambda")] = 0.35
+    """Weight of the local term against [CLS], eq. 11."""
+    coefficient: Annotated[float, Field(ge=1)] = 2.0
+    """Scale of a window's highest score; 1 switches the local penalty off."""
+    window: Annotated[int, Field(ge=1, le=64)] = 2
+    """Side of a window of the local penalty, in patches."""
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 0.998
+    """Quantile of a row of C from which on a target receives."""
+
+
+def stages(tokens: int, budget: int, layers: int, _: FiCoCoVOptions) -> list[schedule.Stage]:
+    """From the paper's 12th layer of CLIP-L on, or as deep in other towers."""
+    return schedule.even(tokens, budget, range(schedule.same_depth(11, 23, layers), layers))
+
+
+def redundancy(tokens: Tokens, evidence: Evidence, options: FiCoCoVOptions) -> Tensor:
+    """(B, n): s of eq. 11, local penalty included."""
+    local = evidence.attention_given(options.attention)
+    task = evidence.attention_of_cls(options.attention)
+    if options.normalise:
+        local, task = (torch.nn.functional.normalize(x, dim=-1) for x in (local, task))
+    score = options.lambda_ * local - (1 - options.lambda_) * task
+    return local_penalty(score, tokens.position, evidence.grid, options.window, options.coefficient)
+
+
+def local_penalty(
+    score: Tensor, position: Tensor, grid: tuple[int, int], window: int, coefficient: float
+) -> Tensor:
+    """Scale the highest score of every window up: times if positive, divided by if negative.
+
+    Args:
+        score: (B, n).
+        position: (B, n) places on the grid; places that are empty by now are padding.
+        grid: rows and columns.
+        window: side of the windows; those at the right and lower edge may be smaller.
+        coefficient: 1 or more.
+    """
+    if coefficient == 1:
+        return score
+    rows, columns = grid
+    down, across = -(-rows // window), -(-columns // window)
+    row, column = position // columns, position % columns
+    owner = (row // window) * across + column // window
+    place = owner * window**2 + (row % window) * window + column % window
+    laid = score.new_full((len(score), down * across * window**2), float("-inf"))
+    laid = laid.scatter(1, place, score).unflatten(1, (down * across, window**2))
+    first_highest = laid.argmax(-1).gather(1, owner)  # in a tie the first in raster order
+    leads = first_highest == place % window**2
+    scaled = torch.where(score > 0, score * coefficient, score / coefficient)
+    return torch.where(leads, scaled, score)
+
+
+def filter(tokens: Tokens, evidence: Evidence, leave: int, options: FiCoCoVOptions) -> Tensor:
+    return highest(redundancy(tokens, evidence, options), leave)
+
+
+def correlate(
+    _: Tokens, evidence: Evidence, source: Tensor, target: Tensor, options: FiCoCoVOptions
+) -> Tensor:
+    between = evidence.attention_between(source, target, options.attention)
+    if options.attention == "logits":
+        return (between - between.amax(-1, keepdim=True)).exp()
+    return between
+
+
+def compress(
+    tokens: Tokens,
+    _: Evidence,
+    source: Tensor,
+    target: Tensor,
+    correlation: Tensor,
+    options: FiCoCoVOptions,
+) -> Tokens:
+    receives = correlation >= quantile_per_row(correlation, options.epsilon)
+    weight = torch.where(receives, correlation, 0.0)
+    return merge(tokens, source, target, weight / weight.sum(-1, keepdim=True))
+
+
+FICOCO_V = Method(
+    name="ficoco-v",
+    idea="redundant by patch attention, little [CLS] attention; merges into attended patches",
+    paper="Han et al., Rethinking Token Reduction in MLLMs, arXiv 2411.17686",
+    place="tower",
+    schedule=stages,
+    filter=filter,
+    correlate=correlate,
+    compress=compress,
+    options=FiCoCoVOptions,
+)

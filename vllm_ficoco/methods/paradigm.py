@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filter, correlate, compress: the pieces that every method is put together from.
+
+Han et al., "Rethinking Token Reduction in MLLMs" (arXiv 2411.17686), section 2.3:
+
+1. *filter* scores how redundant every token is and picks the source set S that leaves;
+2. *correlate* weighs every token of S against the target set T that stays: C, |S| x |T|;
+3. *compress* folds S into T by C. Pruning is the case without 2 and 3.
+
+Everything is batched over images and stays on the device: no loop over tokens or images, and
+nothing that makes the host wait. Shapes: B images, n tokens, D channels, H heads, S and T the
+sizes of the two sets. Ties are broken in favour of the lower index, on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from vllm_ficoco.schedule import Stage, windows
+
+AttentionKind = Literal["probabilities", "logits"]
+
+
+class Options(BaseModel):
+    """Base of the options of a method: unknown names and wrong types are refused."""
+
+    # An alias is the only spelling of its option: clients write "lambda", Python cannot.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, serialize_by_alias=True
+    )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The visual tokens of B images at one place, [CLS] not among them."""
+
+    hidden: Tensor
+    """(B, n, D)"""
+    position: Tensor
+    """(B, n) int64: the grid place of every token, in raster order; ascending."""
+    size: Tensor
+    """(B, n) float32: how many patches have been merged into a token."""
+
+    @classmethod
+    def of(cls, hidden: Tensor) -> Tokens:
+        """All tokens of the grid, none merged."""
+        batch, n = hidden.shape[:2]
+        position = torch.arange(n, device=hidden.device).expand(batch, n)
+        return cls(hidden, position, hidden.new_ones(batch, n, dtype=torch.float32))
+
+    def with_hidden(self, hidden: Tensor) -> Tokens:
+        """The same tokens after a layer has changed their values."""
+        return replace(self, hidden=hidden)
+
+    def __len__(self) -> int:
+        return self.hidden.shape[1]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a filter may look at in one layer of the vision tower.
+
+    ``query`` and ``key`` hold this rank's heads of all tokens that the layer attends over, [CLS]
+    first where the tower has one. Averages over heads run over the heads of all ranks:
+    ``sum_over_ranks`` adds a tensor up over the ranks of a tensor parallel tower.
+    """
+
+    query: Tensor
+    """(B, H, m, d), m = n + 1 with [CLS], else n"""
+    key: Tensor
+    """(B, H, m, d)"""
+    scale: float
+    """Factor of the query-key products, 1 / sqrt(d) in most towers."""
+    grid: tuple[int, int]
+    """Rows and columns of the patch grid that positions refer to."""
+    has_cls: bool
+    pixels: Tensor
+    """(B, 3, height, width): for methods that only want to tell images apart."""
+    heads: int = 0
+    """Heads over all ranks; 0: the heads given are all there are."""
+    sum_over_ranks: Callable[[Tensor], Tensor] = field(default=lambda x: x)
+
+    @cached_property
+    def _flat(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys with the heads side by side, (B, m, H * d), float32."""
+        q, k = (x.float().transpose(1, 2).flatten(2) for x in (self.query, self.key))
+        return q, k
+
+    @property
+    def _heads(self) -> int:
+        return self.heads or self.query.shape[1]
+
+    @property
+    def _first(self) -> int:
+        """Index of the first patch among the attended tokens."""
+        return int(self.has_cls)
+
+    def _probabilities(self, queries: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """Mean over heads of ``reduce(softmax(queries @ keys))`` without holding all heads."""
+        # One head at a time: H x n x n for a whole batch would be gigabytes, and the order of
+        # the sum must not depend on who shares the batch.
+        keys, queries = self.key.float(), queries.float() * self.scale
+        total = torch.zeros((), device=keys.device)
+        for head in range(queries.shape[1]):
+            scores = queries[:, head] @ keys[:, head].transpose(-1, -2)
+            total = total + reduce(scores.softmax(-1))
+        return self.sum_over_ranks(total) / self._heads
+
+    def _logits(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Mean over heads of scaled products of flat queries and keys."""
+        return self.sum_over_ranks(queries @ keys.transpose(-1, -2)) * (self.scale / self._heads)
+
+    def attention_of_cls(self, kind: AttentionKind = "probabilities") -> Tensor:
+        """(B, n): attention of [CLS] to every patch, mean over heads.
+
+        Without [CLS] (SigLIP), the attention that a patch receives from all patches on average.
+        """
+        if not self.has_cls:
+            return self.attention_received(kind)
+        if kind == "logits":
+            q, k = self._flat
+            return self._logits(q[:, :1], k[:, 1:])[:, 0]
+        return self._probabilities(self.query[:, :, :1], lambda p: p[:, 0, 1:])
+
+    def attention_received(self, kind: AttentionKind = "probabilities") -> Tensor:
+        """(B, n): attention that a patch receives from the patches, mean over them and heads."""
+        first = self._first
+        if kind == "logits":
+            q, k = self._flat
+            return self._logits(q[:, first:].mean(1, keepdim=True), k[:, first:])[:, 0]
+        return self._probabilities(self.query[:, :, first:], lambda p: p[..., first:].mean(-2))
+
+    def attention_given(self, kind: AttentionKind = "probabilities") -> Tensor:
+        """(B, n): mean over patches j of A_ij, i the query: what a patch draws from the others."""
+        first = self._first
+        if kind == "logits":
+            q, k = self._flat
+            return self._logits(q[:, first:], k[:, first:].mean(1, keepdim=True))[..., 0]
+        return self._probabilities(self.query[:, :, first:], lambda p: p[..., first:].mean(-1))
+
+    def attention_between(
+        self, source: Tensor, target: Tensor, kind: AttentionKind = "probabilities"
+    ) -> Tensor:
+        """(B, S, T): A_ij, queries from ``source``, keys from ``target``, mean over heads."""
+        first = self._first
+        if kind == "logits":
+            q, k = self._flat
+            return self._logits(take(q[:, first:], source), take(k[:, first:], target))
+        rows = source[:, None, :, None] + first
+        queries = self.query.gather(2, rows.expand(-1, self.query.shape[1], -1, self.query.size(3)))
+        columns = target[:, None, :] + first
+
+        def pick(p: Tensor) -> Tensor:
+            return p.gather(2, columns.expand(-1, p.shape[1], -1))
+
+        return self._probabilities(queries, pick)
+
+    def mean_keys(self) -> Tensor:
+        """(B, n, d): keys of the patches, mean over heads."""
+        return self.sum_over_ranks(self.key[:, :, self._first :].float().sum(1)) / self._heads
+
+
+# --- The contract of a method -------------------------------------------------------------------
+
+Filter = Callable[[Tokens, Evidence, int, Any], Tensor]
+"""(tokens, evidence, how many leave, options) -> (B, S) indices of the leaving tokens."""
+
+Correlate = Callable[[Tokens, Evidence, Tensor, Tensor, Any], Tensor]
+"""(tokens, evidence, source, target, options) -> C, (B, S, T)."""
+
+Compress = Callable[[Tokens, Evidence, Tensor, Tensor, Tensor, Any], Tokens]
+"""(tokens, evidence, source, target, C, options) -> the tokens that stay."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to reduce: a placement, a schedule and the three steps."""
+
+    name: str
+    idea: str
+    """One line for people who choose."""
+    paper: str
+    """Authors, title, arXiv number; empty for baselines that have no paper."""
+    place: Literal["tower", "output"]
+    """``tower``: between attention and MLP of a layer. ``output``: on the last layer's output,
+    with the evidence of that layer."""
+    schedule: Callable[[int, int, int, Any], list[Stage]]
+    """(tokens, budget, tower layers that run, options) -> stages that end at the budget.
+    Raises ValueError with what would be allowed, for a budget that cannot be reached."""
+    filter: Filter
+    correlate: Correlate | None = None
+    compress: Compress | None = None
+    options: type[Options] = Options
+    proportional_attention: bool = False
+    """Layers attend with log(size) added to the scores, so that a merged token counts fully."""
+    added: int = 0
+    """New tokens that compress puts behind the targets at every stage (EViT: one)."""
+
+    def reduce(self, tokens: Tokens, evidence: Evidence, keep: int, options: Any) -> Tokens:
+        """One stage: ``keep`` tokens of each image stay, in raster order.
+
+        Args:
+            tokens: what is there, more than ``keep`` of it.
+            evidence: of the layer.
+            keep: how many tokens are left, at least 1.
+            options: an instance of :attr:`options`.
+        """
+        leave = len(tokens) - keep + self.added
+        source = self.filter(tokens, evidence, leave, options).sort(-1).values
+        target = complement(source, len(tokens))
+        if self.correlate is None or self.compress is None:
+            return prune(tokens, target)
+        weights = self.correlate(tokens, evidence, source, target, options)
+        return self.compress(tokens, evidence, source, target, weights, options)
+
+
+# --- Pieces to compose --------------------------------------------------------------------------
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of (B, n, D) or entries of (B, n) by index (B, k)."""
+    if x.dim() == 2:
+        return x.gather(1, index)
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def highest(score: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` highest entries of every row; among equals the lower index."""
+    return score.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def complement(index: Tensor, n: int) -> Tensor:
+    """(B, n - k): the indices below ``n`` that are not in ``index`` (B, k), ascending."""
+    present = torch.zeros(index.shape[0], n, dtype=torch.uint8, device=index.device)
+    present.scatter_(1, index, 1)
+    return present.sort(dim=-1, stable=True).indices[:, : n - index.shape[1]]
+
+
+def prune(tokens: Tokens, target: Tensor) -> Tokens:
+    """Compress of a pruning method: the targets as they are."""
+    return Tokens(
+        take(tokens.hidden, target), take(tokens.position, target), take(tokens.size, target)
+    )
+
+
+def merge(
+    tokens: Tokens, source: Tensor, target: Tensor, weight: Tensor, own: Tensor | float = 1.0
+) -> Tokens:
+    """Compress by weighted average: X_j <- (own_j X_j + sum_i w_ij X_i) / (own_j + sum_i w_ij).
+
+    Computed in float32. A target that receives nothing keeps its value bit for bit.
+
+    Args:
+        tokens: before.
+        source: (B, S) who leaves.
+        target: (B, T) who stays.
+        weight: (B, S, T) what of i goes to j, not negative.
+        own: (B, T) or a number: weight of the target's own value.
+    """
+    kept = prune(tokens, target)
+    leaving = take(tokens.hidden, source).float()
+    received = weight.sum(1)
+    total = (own + received)[..., None]
+    mixed = (torch.as_tensor(own, device=weight.device)[..., None] * kept.hidden.float()) + (
+        weight.transpose(1, 2) @ leaving
+    )
+    hidden = torch.where(
+        (received > 0)[..., None], (mixed / total).to(kept.hidden.dtype), kept.hidden
+    )
+    return replace(kept, hidden=hidden)
+
+
+def one_hot_of_highest(correlation: Tensor) -> Tensor:
+    """(B, S, T): 1 where a source's correlation is highest, else 0 (K = 1)."""
+    best = correlation.argmax(-1, keepdim=True)
+    return torch.zeros_like(correlation).scatter_(2, best, 1.0)
+
+
+def quantile_per_row(x: Tensor, q: float) -> Tensor:
+    """The q-quantile of every row, linearly interpolated, kept as a last dimension of 1.
+
+    What ``torch.quantile`` gives, from the few highest entries instead of a full sort.
+    """
+    n = x.shape[-1]
+    rank = q * (n - 1)
+    low = min(int(rank), n - 1)
+    top = x.topk(n - low, dim=-1).values
+    lower, upper = top[..., -1:], top[..., -2:-1] if low + 1 < n else top[..., -1:]
+    return torch.lerp(lower, upper, rank - low)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """(B, S, T): cosine similarity of the rows of (B, S, d) and (B, T, d)."""
+    a, b = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (a, b))
+    return a @ b.transpose(-1, -2)
+
+
+@lru_cache(maxsize=4096)  # every count of a few grids; the copy to the device would wait each time
+def grid_windows(
+    grid: tuple[int, int], count: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A grid cut into ``count`` windows (:func:`vllm_ficoco.schedule.windows`), as tensors.
+
+    Returns:
+        (n,) the window of every place; (count,) the first and (count,) the middle place of every
+        window.
+    """
+    rows, columns = grid
+    cuts = windows(grid, count)
+    owner = [0] * (rows * columns)
+    for number, (top, bottom, left, right) in enumerate(cuts):
+        for row in range(top, bottom):
+            owner[row * columns + left : row * columns + right] = [number] * (right - left)
+    first = [top * columns + left for top, _, left, _ in cuts]
+    middle = [(t + b) // 2 * columns + (le + r) // 2 for t, b, le, r in cuts]
+    return (
+        torch.tensor(owner, device=device),
+        torch.tensor(first, device=device),
+        torch.tensor(middle, device=device),
+    )

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PruMerge: keep what [CLS] looks at, refill it with its nearest discarded neighbours.
+
+Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
+arXiv 2403.15388. Tokens with most [CLS] attention stay; each takes the k discarded tokens whose
+keys are most like its own (cosine, keys averaged over heads) and becomes their average weighted by
+[CLS] attention, its own included. A discarded token may go to several, or to none.
+
+Deviations: the count is the budget, where the paper's outlier rule makes it depend on the image,
+which paged serving cannot plan for; neighbours come from the discarded tokens only; the layer is
+the last one that runs (LLaVA's features come from the last but one of CLIP, and vLLM loads no
+more). Without [CLS], the attention that a patch receives on average takes its place.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from vllm_ficoco import schedule
+from vllm_ficoco.methods.paradigm import (
+    Evidence,
+    Method,
+    Options,
+    Tokens,
+    cosine,
+    highest,
+    merge,
+    take,
+)
+
+
+class PruMergeOptions(Options):
+    """Options of PruMerge."""
+
+    neighbours: Annotated[int, Field(ge=1, le=4096)] = 32
+    """How many discarded tokens a kept one takes in; all where there are fewer."""
+
+
+def filter(_: Tokens, evidence: Evidence, leave: int, __: PruMergeOptions) -> Tensor:
+    return highest(-evidence.attention_of_cls(), leave)
+
+
+def correlate(
+    _: Tokens, evidence: Evidence, source: Tensor, target: Tensor, __: PruMergeOptions
+) -> Tensor:
+    keys = evidence.mean_keys()
+    return cosine(take(keys, source), take(keys, target))
+
+
+def compress(
+    tokens: Tokens,
+    evidence: Evidence,
+    source: Tensor,
+    target: Tensor,
+    correlation: Tensor,
+    options: PruMergeOptions,
+) -> Tokens:
+    attention = evidence.attention_of_cls()
+    nearest = highest(correlation.transpose(1, 2), options.neighbours)  # (B, T, k)
+    received = take(attention, source)[:, None].expand(-1, target.shape[1], -1)
+    weight = received.new_zeros(received.shape).scatter(2, nearest, received.gather(2, nearest))
+    return merge(tokens, source, target, weight.transpose(1, 2), take(attention, target))
+
+
+PRUMERGE = Method(
+    name="prumerge",
+    idea="keeps what [CLS] looks at, averages in the nearest discarded tokens by [CLS] attention",
+    paper="Shang et al., LLaVA-PruMerge, arXiv 2403.15388",
+    place="output",
+    schedule=lambda _, budget, layers, __: schedule.at_output(budget, layers),
+    filter=filter,
+    correlate=correlate,
+    compress=compress,
+    options=PruMergeOptions,
+)

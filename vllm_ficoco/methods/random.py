@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random: keep tokens drawn by lot, the same ones whenever the same image comes.
+
+The baseline "Random Sampling" of the FiCoCo paper's tables (arXiv 2411.17686). The lot is a hash
+of the image's pixels, the option ``seed`` and the token's place, computed in integers on the
+device: the same on every machine, in every batch, and no generator state is shared by requests.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vllm_ficoco import schedule
+from vllm_ficoco.methods.paradigm import Evidence, Method, Options, Tokens, highest
+
+# Odd 64-bit constants of the splitmix64 generator, written as signed integers.
+_STEP = -7046029254386353131
+_MIX_1 = -4658895280553007687
+_MIX_2 = -7723592293110705685
+
+
+class RandomOptions(Options):
+    """Options of random."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Another seed draws other tokens of the same image."""
+
+
+def mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64, which wraps around like the unsigned original."""
+
+    def shift(x: Tensor, bits: int) -> Tensor:
+        return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical, not arithmetic
+
+    x = (x ^ shift(x, 30)) * _MIX_1
+    x = (x ^ shift(x, 27)) * _MIX_2
+    return x ^ shift(x, 31)
+
+
+def filter(tokens: Tokens, evidence: Evidence, leave: int, options: RandomOptions) -> Tensor:
+    pixels = evidence.pixels.flatten(1).float().contiguous().view(torch.int32).long()
+    place = torch.arange(pixels.shape[1], device=pixels.device)
+    image = (pixels * mix(place * _STEP)).sum(1, keepdim=True)
+    draw = mix(mix(image + options.seed) + (tokens.position + 1) * _STEP)
+    return highest(draw, leave)
+
+
+RANDOM = Method(
+    name="random",
+    idea="keeps tokens drawn by lot, seeded by the image",
+    paper="",
+    place="output",
+    schedule=lambda _, budget, layers, __: schedule.at_output(budget, layers),
+    filter=filter,
+    options=RandomOptions,
+)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VisionZip: keep the dominant tokens, merge the rest into a few contextual ones.
+
+Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models",
+arXiv 2412.04467. Dominant tokens have most [CLS] attention. Of the rest, contextual tokens are
+taken at an even stride; every other token joins the contextual one whose key is most alike
+(cosine, keys averaged over heads), and a contextual token becomes the mean of its group.
+
+The published splits for LLaVA-1.5 are 162 + 30, 108 + 20 and 54 + 10: 5 of 32 are contextual.
+
+Deviations: the mean counts the contextual token and its group alike, where the authors' code adds
+the mean of the group to it; their dominant tokens count [CLS] among them, which LLaVA drops;
+tokens stay in raster order. The layer is the last one that runs.
+Without [CLS], the attention that a patch receives on average takes its place.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vllm_ficoco import schedule
+from vllm_ficoco.methods.paradigm import (
+    Evidence,
+    Method,
+    Options,
+    Tokens,
+    complement,
+    cosine,
+    highest,
+    merge,
+    one_hot_of_highest,
+    take,
+)
+
+
+class VisionZipOptions(Options):
+    """Options of VisionZip."""
+
+    contextual: Annotated[float, Field(ge=0, lt=1)] = 5 / 32
+    """Share of the budget that goes to merged tokens, rounded down; some token must be dominant."""
+
+
+def split(tokens: Tokens, evidence: Evidence, budget: int, options: VisionZipOptions) -> Tensor:
+    """(B, n) bool: which tokens are contextual."""
+    n, contextual = len(tokens), int(budget * options.contextual)
+    dominant = highest(evidence.attention_of_cls(), budget - contextual).sort(-1).values
+    rest = complement(dominant, n)
+    stride = torch.arange(contextual, device=rest.device) * rest.shape[1] // max(contextual, 1)
+    chosen = torch.zeros(rest.shape[0], n, dtype=torch.bool, device=rest.device)
+    return chosen.scatter(1, rest[:, stride], True)
+
+
+def filter(tokens: Tokens, evidence: Evidence, leave: int, options: VisionZipOptions) -> Tensor:
+    """Everything that is neither dominant nor contextual."""
+    contextual = split(tokens, evidence, len(tokens) - leave, options)
+    redundancy = -evidence.attention_of_cls()
+    return highest(redundancy.masked_fill(contextual, float("-inf")), leave)
+
+
+def correlate(
+    tokens: Tokens, evidence: Evidence, source: Tensor, target: Tensor, options: VisionZipOptions
+) -> Tensor:
+    """Cosine of keys; dominant tokens cannot receive."""
+    contextual = take(split(tokens, evidence, target.shape[1], options), target)
+    keys = evidence.mean_keys()
+    similarity = cosine(take(keys, source), take(keys, target))
+    return similarity.masked_fill(~contextual[:, None], float("-inf"))
+
+
+def compress(
+    tokens: Tokens,
+    _: Evidence,
+    source: Tensor,
+    target: Tensor,
+    correlation: Tensor,
+    __: VisionZipOptions,
+) -> Tokens:
+    weight = one_hot_of_highest(correlation)
+    # Where the budget is too small for any contextual token, nothing can be merged.
+    return merge(tokens, source, target, weight.masked_fill(correlation.isinf(), 0.0))
+
+
+VISIONZIP = Method(
+    name="visionzip",
+    idea="keeps what [CLS] looks at, merges the rest into a few strided tokens by key similarity",
+    paper="Yang et al., VisionZip, arXiv 2412.04467",
+    place="output",
+    schedule=lambda _, budget, layers, __: schedule.at_output(budget, layers),
+    filter=filter,
+    correlate=correlate,
+    compress=compress,
+    options=VisionZipOptions,
+)

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA for vLLM with a visual token budget per image.
+
+Two halves that must agree on how many tokens an image keeps, and both ask
+:meth:`vllm_ficoco.vision.geometry.Geometry.kept`: the multimodal processor, which lays out the
+placeholders in the prompt, and the model, which returns the embeddings that fill them.
+
+Everything of vLLM's multimodal area that this package depends on is in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+from vllm.config import VllmConfig
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import MultiModalHashes
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.model_executor.models.llava import (
+    BaseLlavaProcessingInfo,
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+    PixtralHFMultiModalProcessor,
+    PixtralHFProcessingInfo,
+    _build_llava_or_pixtral_hf_info,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    PromptReplacement,
+    PromptUpdate,
+)
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from vllm_ficoco.settings import (
+    BUDGET_KEY,
+    REDUCTION_KEY,
+    Reduction,
+    SettingsError,
+    pack,
+    per_image,
+    unpack,
+)
+from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
+from vllm_ficoco.vision.timing import StageTimer
+from vllm_ficoco.vision.tower import ReducingTower, rows
+
+PACKED_FIELD = "packed_reduction"
+"""The field beside ``pixel_values`` that carries an image's settings to the model."""
+
+
+def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """What the Hugging Face processor may see."""
+    return {k: v for k, v in kwargs.items() if k not in (BUDGET_KEY, REDUCTION_KEY)}
+
+
+class ReducingProcessorMixin:
+    """Reads the settings of every image, and makes placeholders, hashes and data follow them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.info.get_hf_config()  # type: ignore[attr-defined]
+        self.geometry: Geometry | None = None
+        self.unsupported = ""
+        try:
+            self.geometry = geometry_of(config)
+        except UnsupportedModel as error:
+            self.unsupported = str(error)
+        server_wide = self.info.ctx.get_mm_config().mm_processor_kwargs or {}  # type: ignore[attr-defined]
+        for key in (BUDGET_KEY, REDUCTION_KEY):
+            if key in server_wide:
+                raise ValueError(
+                    f"{key} in --mm-processor-kwargs has no effect: a budget belongs to a "
+                    "request, or to the defaults of `vllm-ficoco serve`"
+                )
+
+    def _settings(
+        self, kwargs: Mapping[str, object], items: MultiModalDataItems
+    ) -> list[Reduction | None]:
+        """Settings of every image; None for one that is not reduced.
+
+        Raises:
+            VLLMValidationError: they cannot be used; vLLM answers with a 400.
+        """
+        images = items.get_all_counts().get("image", 0)
+        try:
+            asked = per_image(kwargs, images)
+            if not any(asked):
+                return asked
+            if self.geometry is None:
+                raise SettingsError(REDUCTION_KEY, kwargs.get(REDUCTION_KEY), self.unsupported)
+            if isinstance(items["image"], ImageEmbeddingItems):
+                raise SettingsError(
+                    REDUCTION_KEY, kwargs.get(REDUCTION_KEY), "left out with image_embeds inputs"
+                )
+            for reduction in asked:
+                self.geometry.kept(reduction)
+            tokens = self.geometry.tokens
+            return [reduction and reduction.for_tokens(tokens) for reduction in asked]
+        except SettingsError as error:
+            raise VLLMValidationError(str(error), parameter=error.field) from None
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
+        """An image's hash depends on its own settings, not on those of its neighbours.
+
+        An unreduced image has the hash that vLLM gives it, so its cached data are shared.
+        """
+        settings = self._settings(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
+        ours = inputs.hf_processor_mm_kwargs
+        inputs.hf_processor_mm_kwargs = _without_ours(ours)
+        try:
+            hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        finally:
+            inputs.hf_processor_mm_kwargs = ours
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm  # type: ignore[attr-defined]
+        if any(settings):
+            hashes["image"] = [
+                MultiModalHasher.hash_kwargs(algorithm, image=plain, reduction=reduction.key)
+                if reduction
+                else plain
+                for plain, reduction in zip(hashes["image"], settings, strict=True)
+            ]
+        return hashes
+
+    def _get_cache_missing_processor_kwargs(
+        self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
+    ) -> Mapping[str, object]:
+        """Settings of the images that are not in the processor cache."""
+        kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)  # type: ignore[misc]
+        settings = self._settings(kwargs, inputs.mm_data_items)
+        cached = mm_is_cached.get("image", [])
+        missing = [s for s, hit in zip(settings, cached, strict=True) if not hit]
+        return _without_ours(kwargs) | ({REDUCTION_KEY: missing} if any(missing) else {})
+
+    def _call_hf_processor(
+        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        """The Hugging Face processor's output and one packed setting an image."""
+        processed = super()._call_hf_processor(hf_data, _without_ours(hf_kwargs))  # type: ignore[misc]
+        pixels = processed.get("pixel_values")
+        if self.geometry is not None and pixels is not None:
+            settings = per_image(hf_kwargs, len(pixels))
+            tokens = self.geometry.tokens
+            processed[PACKED_FIELD] = [pack(s and s.for_tokens(tokens)) for s in settings]
+        return processed
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
+        # On the CPU: the model reads the settings to lay out its work, and must not wait for them.
+        return {**fields, PACKED_FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        updates = super()._get_prompt_updates(  # type: ignore[misc]
+            mm_items, _without_ours(hf_processor_mm_kwargs), out_mm_kwargs
+        )
+        settings = self._settings(hf_processor_mm_kwargs, mm_items)
+        if not any(settings) or self.geometry is None:
+            return updates
+        geometry, image_token = self.geometry, self.info.get_hf_config().image_token_index  # type: ignore[attr-defined]
+
+        def placeholders(image: int) -> list[int]:
+            return [image_token] * geometry.kept(settings[image])
+
+        return [PromptReplacement(modality="image", target=[image_token], replacement=placeholders)]
+
+
+class ReducingLlavaProcessor(ReducingProcessorMixin, LlavaMultiModalProcessor):
+    """LLaVA with a CLIP or SigLIP tower."""
+
+
+class ReducingPixtralProcessor(ReducingProcessorMixin, PixtralHFMultiModalProcessor):
+    """LLaVA with a Pixtral tower: as in vLLM, and a budget is refused."""
+
+
+def _processor(
+    info: BaseLlavaProcessingInfo, dummy_inputs: BaseDummyInputsBuilder
+) -> BaseMultiModalProcessor:
+    if isinstance(info, PixtralHFProcessingInfo):
+        return ReducingPixtralProcessor(info, dummy_inputs)
+    assert isinstance(info, LlavaProcessingInfo)
+    return ReducingLlavaProcessor(info, dummy_inputs)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    _processor,
+    info=_build_llava_or_pixtral_hf_info,
+    dummy_inputs=LlavaDummyInputsBuilder,
+)
+class ReducingLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """vLLM's LLaVA, whose images come out of the tower with as many tokens as they were given.
+
+    A batch in which nothing is reduced takes vLLM's own path; so do, in a mixed batch, the images
+    that are not reduced.
+    """
+
+    # A LoRA on the tower maps rows to adapters once per image; rows that leave break the map.
+    supports_tower_connector_lora = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        try:
+            geometry = geometry_of(self.config)
+        except UnsupportedModel:
+            return  # the processor refuses settings, so none can come
+        self.reducing_tower = ReducingTower(
+            self.vision_tower.vision_model,
+            geometry,
+            tensor_model_parallel_all_reduce,
+            StageTimer(),
+        )
+
+    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+        """Visual tokens of a batch of images, possibly of several requests.
+
+        Args:
+            **kwargs: the processor's fields: ``pixel_values`` (B, 3, height, width) and the packed
+                settings of every image.
+
+        Returns:
+            One tensor (kept, hidden size of the decoder) an image.
+        """
+        packed: Any = kwargs.pop(PACKED_FIELD, None)
+        settings = [] if packed is None else [unpack(p) for p in packed]
+        if not any(settings):
+            return super().embed_multimodal(**kwargs)
+        image_input = self._parse_and_validate_image_input(**kwargs)
+        assert image_input is not None and image_input["type"] == "pixel_values"
+        pixels = image_input["pixel_values"]
+        plain = [i for i, reduction in enumerate(settings) if reduction is None]
+        reduced = [i for i, reduction in enumerate(settings) if reduction is not None]
+        outputs: dict[int, torch.Tensor] = {}
+        if plain:
+            unreduced = super().embed_multimodal(pixel_values=rows(pixels, plain))
+            outputs.update(zip(plain, unreduced, strict=True))
+        features = self.reducing_tower(rows(pixels, reduced), [s for s in settings if s])
+        # One projector call for all groups: it works token by token.
+        embedded = self.multi_modal_projector(torch.cat(features)).split([len(f) for f in features])
+        outputs.update(zip(reduced, embedded, strict=True))
+        return [outputs[i] for i in range(len(settings))]

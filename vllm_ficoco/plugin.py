@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of the ``vllm.general_plugins`` group: puts our model classes in vLLM's registry."""
+
+from __future__ import annotations
+
+MODELS = (
+    (
+        "LlavaForConditionalGeneration",
+        "vllm_ficoco.models.llava:ReducingLlavaForConditionalGeneration",
+    ),
+)
+"""Architecture and, as a lazy string, the class that takes its place."""
+
+
+def register() -> None:
+    """Register the models. vLLM calls this in every process, possibly more than once.
+
+    The classes are named, not imported: that must wait until vLLM needs one of them, because it
+    initialises a GPU and costs start-up time.
+    """
+    from vllm import ModelRegistry
+
+    for architecture, model in MODELS:
+        ModelRegistry.register_model(architecture, model)

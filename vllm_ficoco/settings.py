@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a reduction: what a request asks for, checked, in one canonical form.
+
+This is the only definition. The multimodal processor, the model, the front end and the tests
+all read requests through :class:`Reduction`, so none of them can understand a budget differently.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from vllm_ficoco.methods import METHODS, Method
+
+DEFAULT_METHOD = "ficoco-v"
+"""The method of a request that names a budget and nothing else."""
+
+MAX_BUDGET = 1_000_000
+"""Largest budget that is taken for a number of tokens and not for a mistake."""
+
+_BUDGET_RANGE = f"a whole number from 1 to {MAX_BUDGET}"
+
+NO_REDUCTION = "none"
+"""The method that keeps every token."""
+
+BUDGET_KEY = "visual_token_budget"
+REDUCTION_KEY = "reduction"
+"""The two keys under which settings travel in vLLM's ``mm_processor_kwargs``."""
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used: which field, what was given, what is allowed.
+
+    Args:
+        field: dotted path of the setting, as the client wrote it (``reduction.budget``).
+        value: what was given.
+        allowed: what would have been right, as the rest of the sentence "it must be ...".
+    """
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.field, self.value, self.allowed = field, value, allowed
+        shown = repr(value)
+        if len(shown) > 100:
+            shown = shown[:97] + "..."
+        super().__init__(f"{field} = {shown} is not valid: it must be {allowed}.")
+
+
+class Reduction(BaseModel):
+    """How one image is reduced: a method, a budget and the method's options.
+
+    Two settings that mean the same compare equal, hash equal and have the same :attr:`key`,
+    because defaults are filled in, names resolved and options sorted when it is made. Use
+    :meth:`parse` for anything that comes from outside: it raises :class:`SettingsError` only.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    method: str = DEFAULT_METHOD
+    budget: int
+    """Visual tokens of an image to keep. An image that has no more than that is not reduced."""
+    options: dict[str, Any] = {}
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        if name not in METHODS:
+            raise SettingsError("method", name, f"one of {', '.join(sorted(METHODS))}")
+        return name
+
+    @field_validator("budget")
+    @classmethod
+    def _sensible_budget(cls, budget: int) -> int:
+        if not 1 <= budget <= MAX_BUDGET:
+            raise SettingsError("budget", budget, _BUDGET_RANGE)
+        return budget
+
+    @model_validator(mode="after")
+    def _canonical_form(self) -> Reduction:
+        try:
+            options = METHODS[self.method].options.model_validate(self.options)
+        except ValidationError as error:
+            raise _explain(error, "options", METHODS[self.method].options) from None
+        # The model is frozen for its users; here it is still being made.
+        object.__setattr__(self, "options", dict(sorted(options.model_dump(mode="json").items())))
+        if self.method == NO_REDUCTION:
+            object.__setattr__(self, "budget", MAX_BUDGET)
+        return self
+
+    @classmethod
+    def parse(cls, value: object, field: str = REDUCTION_KEY) -> Reduction:
+        """Check what a client sent: a mapping with ``method``, ``budget``, ``options``.
+
+        Args:
+            value: the client's value.
+            field: where it stood, for the message.
+
+        Raises:
+            SettingsError: whatever is wrong with it.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise SettingsError(field, value, "an object with method, budget and options")
+        given = {k: v for k, v in value.items() if v is not None}
+        if given.get("method") == NO_REDUCTION:
+            given.setdefault("budget", MAX_BUDGET)
+        if "budget" not in given:
+            raise SettingsError(f"{field}.budget", None, _BUDGET_RANGE)
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise _explain(error, field, cls) from None
+
+    @classmethod
+    def of_budget(cls, budget: object, field: str = BUDGET_KEY) -> Reduction:
+        """The default method at this budget.
+
+        Raises:
+            SettingsError: the budget is not a whole number in range.
+        """
+        if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= MAX_BUDGET:
+            raise SettingsError(field, budget, _BUDGET_RANGE)
+        return cls(budget=budget)
+
+    @property
+    def spec(self) -> Method:
+        """The method that the settings name."""
+        return METHODS[self.method]
+
+    @property
+    def key(self) -> str:
+        """Canonical JSON: one spelling for one meaning, fit for a cache key."""
+        return json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def for_tokens(self, tokens: int) -> Reduction | None:
+        """These settings for an image of so many visual tokens; None where nothing is reduced."""
+        return None if self.method == NO_REDUCTION or self.budget >= tokens else self
+
+    def parsed_options(self) -> Any:
+        """The options as the method's own model."""
+        return self.spec.options.model_validate(self.options)
+
+
+def per_image(kwargs: Mapping[str, object], images: int) -> list[Reduction | None]:
+    """The settings of every image of a prompt, from its ``mm_processor_kwargs``.
+
+    ``visual_token_budget`` is a number and ``reduction`` an object: for all images, or a list
+    with one entry an image, ``None`` for an image that keeps all its tokens.
+
+    Raises:
+        SettingsError: both keys are given, a list has the wrong length, or an entry is wrong.
+    """
+    budget, reduction = kwargs.get(BUDGET_KEY), kwargs.get(REDUCTION_KEY)
+    if budget is not None and reduction is not None:
+        raise SettingsError(BUDGET_KEY, budget, f"left out where {REDUCTION_KEY} is given")
+    field, value = (BUDGET_KEY, budget) if reduction is None else (REDUCTION_KEY, reduction)
+    if value is None:
+        return [None] * images
+    read = Reduction.of_budget if reduction is None else Reduction.parse
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        return [read(value, field)] * images
+    if len(value) != images:
+        raise SettingsError(field, list(value), f"a list with one entry per image ({images})")
+    return [None if v is None else read(v, f"{field}[{i}]") for i, v in enumerate(value)]
+
+
+def pack(reduction: Reduction | None) -> torch.Tensor:
+    """Settings as a uint8 tensor, to travel with an image's pixels; empty for no reduction."""
+    return (
+        torch.frombuffer(bytearray(reduction.key.encode()), dtype=torch.uint8)
+        if (reduction)
+        else torch.empty(0, dtype=torch.uint8)
+    )
+
+
+def unpack(packed: torch.Tensor) -> Reduction | None:
+    """The settings that :func:`pack` wrote."""
+    raw = bytes(packed.tolist())
+    return Reduction.model_validate_json(raw) if raw else None
+
+
+def _explain(error: ValidationError, field: str, model: type[BaseModel]) -> SettingsError:
+    """The first complaint of pydantic, in the one form of error that users see."""
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, SettingsError):
+        return SettingsError(f"{field}.{cause.field}", cause.value, cause.allowed)
+    path = ".".join([field, *(str(part) for part in first["loc"])])
+    if path == f"{field}.budget":
+        return SettingsError(path, first["input"], _BUDGET_RANGE)
+    if first["type"] == "extra_forbidden":
+        names = [field.alias or name for name, field in model.model_fields.items()]
+        known = ", ".join(names) or "nothing, the method has no options"
+        return SettingsError(path, first["input"], f"left out; known here: {known}")
+    return SettingsError(path, first["input"], first["msg"].removeprefix("Input should be "))
