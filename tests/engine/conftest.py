@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines in this process, one a configuration, and the requests to put to them."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.checkpoints import random_llava
+
+BLOCK = 32
+NEW_TOKENS = 16
+
+
+def picture(seed: int) -> Image.Image:
+    """Random colours in 12 x 12 squares, one a patch."""
+    squares = np.random.default_rng(seed).integers(0, 255, (12, 12, 3), dtype=np.uint8)
+    return Image.fromarray(squares).resize((168, 168), Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request: images by seed, a question, and the settings of every image."""
+
+    images: Sequence[int] = ()
+    settings: Sequence[dict[str, Any] | None] = ()
+    question: str = "what color is the circle ?"
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        return f"USER: {'<image> ' * len(self.images)}{self.question} ASSISTANT:"
+
+    @property
+    def for_vllm(self) -> dict[str, Any]:
+        request: dict[str, Any] = {"prompt": self.prompt}
+        if self.images:
+            request["multi_modal_data"] = {"image": [picture(seed) for seed in self.images]}
+        if any(self.settings):
+            request["mm_processor_kwargs"] = {"reduction": list(self.settings)}
+        return request
+
+
+class Engine:
+    """A vLLM engine in this process, with its scheduler open to view."""
+
+    def __init__(self, model: Path, **options: Any) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(
+            model=str(model),
+            **{
+                "dtype": "float32",
+                "max_model_len": 1024,
+                "max_num_seqs": 32,
+                "block_size": BLOCK,
+                "enforce_eager": True,
+                "limit_mm_per_prompt": {"image": 3},
+                "disable_log_stats": False,
+                "seed": 0,
+                **options,
+            },
+        )
+
+    @property
+    def scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def free_blocks(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    @property
+    def model(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+    def params(self, **more: Any) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            **{"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, **more}
+        )
+
+    def generate(self, asks: Sequence[Ask]) -> list[Any]:
+        """All requests in one continuous batch."""
+        return self.llm.generate(
+            [ask.for_vllm for ask in asks],
+            [self.params(**ask.sampling) for ask in asks],
+            use_tqdm=False,
+        )
+
+    def add(self, ask: Ask, name: str, **sampling: Any) -> None:
+        """Queue a request without running it."""
+        self.llm.llm_engine.add_request(name, ask.for_vllm, self.params(**ask.sampling, **sampling))
+
+    def held(self, name: str) -> tuple[int, int]:
+        """(tokens, blocks) of KV cache that a running request holds now."""
+        request = next(r for key, r in self.scheduler.requests.items() if key.split("-")[0] == name)
+        blocks = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        return request.num_computed_tokens, len(blocks[0])
+
+
+@pytest.fixture(scope="session")
+def clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_llava(tmp_path_factory.mktemp("clip"), "clip")
+
+
+@pytest.fixture(scope="session")
+def siglip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_llava(tmp_path_factory.mktemp("siglip"), "siglip")
+
+
+def _engine(model: Path, **options: Any) -> Iterator[Engine]:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler must be in reach
+    engine = Engine(model, **options)
+    yield engine
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def engine(clip_checkpoint: Path) -> Iterator[Engine]:
+    """Room for everything; prefix caching on."""
+    yield from _engine(clip_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def tight_engine(clip_checkpoint: Path) -> Iterator[Engine]:
+    """A KV pool for a few requests, and steps smaller than an image's prompt: preemption, chunks."""
+    yield from _engine(
+        clip_checkpoint,
+        max_model_len=640,
+        num_gpu_blocks_override=24,
+        max_num_batched_tokens=100,
+        enable_prefix_caching=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def two_rank_engine(siglip_checkpoint: Path) -> Iterator[Engine]:
+    """A SigLIP tower whose heads are split over two ranks."""
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # one NUMA node serves both ranks
+    yield from _engine(siglip_checkpoint, tensor_parallel_size=2)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers under reduction are those of the reference; images without one are vLLM's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.conftest import NEW_TOKENS, Ask, Engine, picture
+from tests.reference.llava import ReferenceLlava
+from vllm_ficoco.methods import METHODS
+
+pytestmark = pytest.mark.engine
+
+REDUCING = [name for name in METHODS if name != "none"]
+
+OPTIONS = [
+    ("ficoco-v", {"attention": "probabilities", "normalise": False}),
+    ("ficoco-v", {"attention": "probabilities"}),
+    ("ficoco-v", {"lambda": 0.0, "coefficient": 1.0, "epsilon": 0.9}),
+    ("ficoco-v", {"window": 5, "coefficient": 3.0}),
+    ("visionzip", {"contextual": 0.5}),
+    ("prumerge", {"neighbours": 4}),
+    ("random", {"seed": 7}),
+]
+
+
+@pytest.fixture(scope="module")
+def reference(clip_checkpoint: Path) -> ReferenceLlava:
+    return ReferenceLlava(str(clip_checkpoint))
+
+
+def asks_of_every_kind() -> list[Ask]:
+    """Every method and option, several images and budgets, several images a prompt, text."""
+    asks = [Ask(question="how many are there ?"), Ask([1], [None])]
+    for i, name in enumerate(REDUCING):
+        for budget in (16, 48, 143):
+            asks.append(Ask([i % 3], [{"method": name, "budget": budget}]))
+    asks += [
+        Ask([3], [{"method": name, "budget": 40, "options": options}]) for name, options in OPTIONS
+    ]
+    return [
+        *asks,
+        Ask([1, 2], [{"budget": 30}, None]),
+        Ask([2, 1], [{"method": "tome", "budget": 20}, {"method": "topk", "budget": 7}]),
+        Ask([4, 4, 4], [{"budget": 64}, {"budget": 9}, {"method": "none"}]),
+        Ask([5], [{"budget": 144}]),
+        Ask([5], [{"budget": 100_000}]),
+    ]
+
+
+def check(reference: ReferenceLlava, ask: Ask, output: object) -> None:
+    """One output is what the reference generates, over as many prompt tokens."""
+    visual = [
+        reference.visual_tokens(
+            picture(seed),
+            (settings or {}).get("method", "ficoco-v" if settings else "none"),
+            (settings or {}).get("budget", 0),
+            (settings or {}).get("options"),
+        )
+        for seed, settings in zip(ask.images, ask.settings, strict=True)
+    ]
+    made, length = reference.generate(ask.prompt, visual, NEW_TOKENS)
+    assert len(output.prompt_token_ids) == length, ask
+    assert list(output.outputs[0].token_ids) == made, ask
+
+
+def test_a_mixed_batch_generates_what_the_reference_does(
+    engine: Engine, reference: ReferenceLlava
+) -> None:
+    asks = asks_of_every_kind()
+    for ask, output in zip(asks, engine.generate(asks), strict=True):
+        check(reference, ask, output)
+
+
+def test_chunks_and_preemption_change_nothing(
+    tight_engine: Engine, reference: ReferenceLlava
+) -> None:
+    """Steps of 100 tokens cut through images, and the pool forces requests out and back in."""
+    asks = asks_of_every_kind()[::2]
+    preempted = 0
+    record = tight_engine.scheduler.make_stats
+
+    def count(*args: object, **kwargs: object) -> object:
+        nonlocal preempted
+        preempted += sum(r.num_preemptions for r in tight_engine.scheduler.waiting)
+        return record(*args, **kwargs)
+
+    tight_engine.scheduler.make_stats = count
+    free = tight_engine.free_blocks
+    outputs = tight_engine.generate(asks)
+    assert preempted > 0, "the pool was not small enough to test anything"
+    assert tight_engine.free_blocks == free
+    for ask, output in zip(asks, outputs, strict=True):
+        check(reference, ask, output)
+
+
+def test_n_samples_share_the_reduced_prompt(engine: Engine) -> None:
+    ask = Ask([6], [{"budget": 33}], sampling={"n": 3, "temperature": 0.8, "seed": 5})
+    greedy = Ask([6], [{"budget": 33}])
+    several, one = engine.generate([ask, greedy])
+    assert len(several.outputs) == 3
+    assert len({tuple(o.token_ids) for o in several.outputs}) > 1
+    assert several.prompt_token_ids == one.prompt_token_ids
+
+
+def test_unreduced_images_are_bit_identical_to_vllm(engine: Engine) -> None:
+    """Alone and in a mixed batch, they come out of vLLM's own class."""
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+    from vllm_ficoco.models.llava import PACKED_FIELD
+    from vllm_ficoco.settings import Reduction, pack
+
+    model = engine.model
+    torch.manual_seed(0)
+    pixels = torch.randn(4, 3, 168, 168)
+    settings = [None, Reduction(budget=20), None, Reduction(method="tome", budget=5)]
+    with torch.inference_mode():
+        stock = LlavaForConditionalGeneration.embed_multimodal(model, pixel_values=pixels[::2])
+        mixed = model.embed_multimodal(
+            pixel_values=pixels, **{PACKED_FIELD: [pack(s) for s in settings]}
+        )
+        alone = model.embed_multimodal(
+            pixel_values=pixels[::2], **{PACKED_FIELD: [pack(None), pack(None)]}
+        )
+    assert [len(tokens) for tokens in mixed] == [144, 20, 144, 5]
+    for i in range(2):
+        assert torch.equal(mixed[2 * i], stock[i])
+        assert torch.equal(alone[i], stock[i])
+
+
+def test_an_image_does_not_depend_on_the_batch_it_is_in(engine: Engine) -> None:
+    """The same settings and image give the same tokens alone and beside others."""
+    from vllm_ficoco.models.llava import PACKED_FIELD
+    from vllm_ficoco.settings import Reduction, pack
+
+    torch.manual_seed(1)
+    pixels = torch.randn(6, 3, 168, 168)
+    settings = [Reduction(method=REDUCING[i % 3], budget=30 + i % 2) for i in range(6)]
+    with torch.inference_mode():
+        together = engine.model.embed_multimodal(
+            pixel_values=pixels, **{PACKED_FIELD: [pack(s) for s in settings]}
+        )
+        for i, reduction in enumerate(settings):
+            (alone,) = engine.model.embed_multimodal(
+                pixel_values=pixels[i : i + 1], **{PACKED_FIELD: [pack(reduction)]}
+            )
+            torch.testing.assert_close(together[i], alone, rtol=1e-4, atol=1e-4)
