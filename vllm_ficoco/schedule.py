@@ -38,7 +38,8 @@ def even(tokens: int, budget: int, layers: range) -> list[Stage]:
 def halving(tokens: int, budget: int, layers: range) -> list[Stage]:
     """As :func:`even`, where a layer can let go of no more than half of its tokens (ToMe).
 
-    The first layers take more than their share where the last ones could not take theirs.
+    Where an even share is more than half of what is left at the end, the last layers halve and
+    the layers before them share the rest evenly.
 
     Raises:
         ValueError: the budget cannot be reached; the message names the smallest that can.
@@ -46,21 +47,19 @@ def halving(tokens: int, budget: int, layers: range) -> list[Stage]:
     smallest = math.ceil(tokens / 2 ** len(layers))
     if budget < smallest:
         raise ValueError(f"at least {smallest}, which is what {len(layers)} halvings can reach")
-    stages, left = [], tokens
-    for i, layer in enumerate(layers):
-        after = len(layers) - i - 1
-        leave = max(math.ceil((left - budget) / (after + 1)), left - budget * 2**after)
-        left -= leave
-        if leave:
-            stages.append(Stage(layer, left))
+    last = 0  # how many of the last layers halve
+    while math.ceil((tokens - budget * 2**last) / (len(layers) - last)) > budget * 2**last:
+        last += 1
+    stages = even(tokens, budget * 2**last, layers[: len(layers) - last])
+    for i, layer in enumerate(layers[len(layers) - last :], start=1):
+        stages.append(Stage(layer, budget * 2 ** (last - i)))
     return stages
 
 
 def geometric(tokens: int, budget: int, layers: tuple[int, ...]) -> list[Stage]:
     """The same kept share at every layer: ``tokens * (budget / tokens) ** (i / n)`` after the i-th.
 
-    A stage that lets exactly one token go is no use to a method that replaces the leaving tokens
-    by one (EViT), but it is harmless: that token stays, fused with nothing.
+    Rounded to whole tokens; a layer at which nothing would leave is left out.
     """
     stages, left = [], tokens
     for i, layer in enumerate(layers, start=1):

@@ -43,10 +43,16 @@ class SettingsError(ValueError):
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except (ValueError, RecursionError):  # thousands of digits, or of brackets
+            shown = f"a {type(value).__name__} too large to print"
         if len(shown) > 100:
             shown = shown[:97] + "..."
         super().__init__(f"{field} = {shown} is not valid: it must be {allowed}.")
+
+    def __reduce__(self) -> tuple[type[SettingsError], tuple[str, object, str]]:
+        return type(self), (self.field, self.value, self.allowed)
 
 
 class Reduction(BaseModel):
@@ -84,8 +90,13 @@ class Reduction(BaseModel):
             options = METHODS[self.method].options.model_validate(self.options)
         except ValidationError as error:
             raise _explain(error, "options", METHODS[self.method].options) from None
+        # Adding zero makes 0.0 of -0.0, which is equal but spelt differently.
+        canonical = {
+            name: value + 0.0 if isinstance(value, float) else value
+            for name, value in sorted(options.model_dump(mode="json").items())
+        }
         # The model is frozen for its users; here it is still being made.
-        object.__setattr__(self, "options", dict(sorted(options.model_dump(mode="json").items())))
+        object.__setattr__(self, "options", canonical)
         if self.method == NO_REDUCTION:
             object.__setattr__(self, "budget", MAX_BUDGET)
         return self

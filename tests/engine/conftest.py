@@ -137,7 +137,7 @@ def engine(clip_checkpoint: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def tight_engine(clip_checkpoint: Path) -> Iterator[Engine]:
-    """A KV pool for a few requests, and steps smaller than an image's prompt: preemption, chunks."""
+    """A KV pool for a few requests and steps smaller than a prompt: preemption and chunks."""
     yield from _engine(
         clip_checkpoint,
         max_model_len=640,

@@ -44,6 +44,8 @@ def compress(
     tokens: Tokens, _: Evidence, source: Tensor, target: Tensor, correlation: Tensor, __: Options
 ) -> Tokens:
     kept = prune(tokens, target)
+    # Equal weights, not 0 / 0, where the attention of all of them underflows.
+    correlation = correlation + torch.finfo(correlation.dtype).tiny
     share = correlation / correlation.sum(1, keepdim=True)
     fused = (share.transpose(1, 2) @ take(tokens.hidden, source).float()).to(tokens.hidden.dtype)
     last = take(tokens.position, source).amax(1, keepdim=True)

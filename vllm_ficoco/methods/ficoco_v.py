@@ -127,7 +127,9 @@ def compress(
 ) -> Tokens:
     receives = correlation >= quantile_per_row(correlation, options.epsilon)
     weight = torch.where(receives, correlation, 0.0)
-    return merge(tokens, source, target, weight / weight.sum(-1, keepdim=True))
+    # A source that attends to no target at all has nothing to send: 0, not 0 / 0.
+    total = weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+    return merge(tokens, source, target, weight / total)
 
 
 FICOCO_V = Method(

@@ -44,9 +44,11 @@ class Tokens:
     hidden: Tensor
     """(B, n, D)"""
     position: Tensor
-    """(B, n) int64: the grid place of every token, in raster order; ascending."""
+    """(B, n) int64: the grid place of every token, in raster order; ascending, but for a token
+    that a method has added (EViT)."""
     size: Tensor
-    """(B, n) float32: how many patches have been merged into a token."""
+    """(B, n) float32: how many patches a token stands for; kept by methods with proportional
+    attention, which alone look at it."""
 
     @classmethod
     def of(cls, hidden: Tensor) -> Tokens:
@@ -268,9 +270,8 @@ def merge(
     leaving = take(tokens.hidden, source).float()
     received = weight.sum(1)
     total = (own + received)[..., None]
-    mixed = (torch.as_tensor(own, device=weight.device)[..., None] * kept.hidden.float()) + (
-        weight.transpose(1, 2) @ leaving
-    )
+    share = own[..., None] if isinstance(own, Tensor) else own
+    mixed = share * kept.hidden.float() + weight.transpose(1, 2) @ leaving
     hidden = torch.where(
         (received > 0)[..., None], (mixed / total).to(kept.hidden.dtype), kept.hidden
     )

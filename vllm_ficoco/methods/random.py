@@ -44,7 +44,7 @@ def mix(x: Tensor) -> Tensor:
 def filter(tokens: Tokens, evidence: Evidence, leave: int, options: RandomOptions) -> Tensor:
     pixels = evidence.pixels.flatten(1).float().contiguous().view(torch.int32).long()
     place = torch.arange(pixels.shape[1], device=pixels.device)
-    image = (pixels * mix(place * _STEP)).sum(1, keepdim=True)
+    image = (pixels * mix((place + 1) * _STEP)).sum(1, keepdim=True)
     draw = mix(mix(image + options.seed) + (tokens.position + 1) * _STEP)
     return highest(draw, leave)
 

@@ -44,31 +44,32 @@ class VisionZipOptions(Options):
     """Share of the budget that goes to merged tokens, rounded down; some token must be dominant."""
 
 
-def split(tokens: Tokens, evidence: Evidence, budget: int, options: VisionZipOptions) -> Tensor:
-    """(B, n) bool: which tokens are contextual."""
-    n, contextual = len(tokens), int(budget * options.contextual)
-    dominant = highest(evidence.attention_of_cls(), budget - contextual).sort(-1).values
-    rest = complement(dominant, n)
+def stay(
+    tokens: Tokens, evidence: Evidence, budget: int, options: VisionZipOptions
+) -> tuple[Tensor, Tensor]:
+    """(B, d) indices of the dominant and (B, c) of the contextual tokens, d + c = budget."""
+    contextual = int(budget * options.contextual)
+    dominant = highest(evidence.attention_of_cls(), budget - contextual)
+    rest = complement(dominant, len(tokens))
     stride = torch.arange(contextual, device=rest.device) * rest.shape[1] // max(contextual, 1)
-    chosen = torch.zeros(rest.shape[0], n, dtype=torch.bool, device=rest.device)
-    return chosen.scatter(1, rest[:, stride], True)
+    return dominant, rest[:, stride]
 
 
 def filter(tokens: Tokens, evidence: Evidence, leave: int, options: VisionZipOptions) -> Tensor:
     """Everything that is neither dominant nor contextual."""
-    contextual = split(tokens, evidence, len(tokens) - leave, options)
-    redundancy = -evidence.attention_of_cls()
-    return highest(redundancy.masked_fill(contextual, float("-inf")), leave)
+    staying = torch.cat(stay(tokens, evidence, len(tokens) - leave, options), 1)
+    return complement(staying, len(tokens))
 
 
 def correlate(
     tokens: Tokens, evidence: Evidence, source: Tensor, target: Tensor, options: VisionZipOptions
 ) -> Tensor:
     """Cosine of keys; dominant tokens cannot receive."""
-    contextual = take(split(tokens, evidence, target.shape[1], options), target)
+    dominant, _ = stay(tokens, evidence, target.shape[1], options)
+    receives = torch.ones_like(tokens.position, dtype=torch.bool).scatter(1, dominant, False)
     keys = evidence.mean_keys()
     similarity = cosine(take(keys, source), take(keys, target))
-    return similarity.masked_fill(~contextual[:, None], float("-inf"))
+    return similarity.masked_fill(~take(receives, target)[:, None], float("-inf"))
 
 
 def compress(

@@ -1,0 +1,495 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method that acts before the decoder, one image and one token at a time, in float64.
+
+Written from the papers and from what the methods say of themselves; shares no code with the
+package and imports nothing of it. Nothing here is fast. An integration test can run it inside a
+plain tower: at every ``(layer, keep)`` of :func:`stages`, call :func:`reduce_one` between
+attention and MLP (``PLACE[method] == "tower"``) or on the layer's output (``"output"``), and let
+the layers of a method in ``PROPORTIONAL`` attend with log(size) added to the scores.
+
+Where two things are equal, the lower index wins: it leaves first, receives first, leads a window.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import torch
+from torch import Tensor
+
+PLACE = {
+    "ficoco-v": "tower",
+    "tome": "tower",
+    "evit": "tower",
+    "topk": "output",
+    "visionzip": "output",
+    "prumerge": "output",
+    "pooling": "output",
+    "uniform": "output",
+    "random": "output",
+}
+"""Between attention and MLP of a layer, or on the output of the last layer."""
+
+PROPORTIONAL = {"tome"}
+"""Methods under which every layer adds log(size) of a token to the scores of attending to it."""
+
+DEFAULTS = {
+    "ficoco-v": {
+        "attention": "logits",
+        "normalise": True,
+        "lambda": 0.35,
+        "coefficient": 2.0,
+        "window": 2,
+        "epsilon": 0.998,
+    },
+    "visionzip": {"contextual": 5 / 32},
+    "prumerge": {"neighbours": 32},
+    "random": {"seed": 0},
+}
+
+Reduced = tuple[list[Tensor], list[int], list[float]]
+"""Hidden states, places and sizes of the tokens that stay."""
+
+
+def reduce_one(
+    method: str,
+    options: dict,
+    hidden: Tensor,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    has_cls: bool,
+    grid: tuple[int, int],
+    position: list[int],
+    size: list[float],
+    keep: int,
+    pixels: Tensor,
+) -> tuple[Tensor, list[int], list[float]]:
+    """One stage for one image.
+
+    Args:
+        method: one of :data:`PLACE`.
+        options: those that differ from :data:`DEFAULTS`.
+        hidden: (n, D) the patches, [CLS] not among them.
+        query: (H, m, d) before scaling; m = n + 1 with [CLS] first, else n.
+        key: (H, m, d).
+        scale: factor of the products.
+        has_cls: whether the layer attends over [CLS] as well.
+        grid: rows and columns of the image.
+        position: grid place of every token.
+        size: how many patches every token stands for.
+        keep: how many tokens stay.
+        pixels: (3, height, width).
+
+    Returns:
+        Hidden states (keep, D) in the type given, places and sizes.
+    """
+    image = Image(
+        [row.double() for row in hidden], query, key, scale, has_cls, grid, position, size, pixels
+    )
+    chosen = {**DEFAULTS.get(method, {}), **options}
+    rows, position, size = FUNCTIONS[method](image, keep, **chosen)
+    return torch.stack(rows).to(hidden.dtype), position, size
+
+
+class Image:
+    """The tokens of one image at one layer, and its attention in float64."""
+
+    def __init__(
+        self,
+        hidden: list[Tensor],
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        has_cls: bool,
+        grid: tuple[int, int],
+        position: list[int],
+        size: list[float],
+        pixels: Tensor,
+    ) -> None:
+        self.hidden, self.scale, self.has_cls, self.grid = hidden, scale, has_cls, grid
+        self.query, self.key, self.pixels = query.double(), key.double(), pixels
+        self.position, self.size = list(position), list(size)
+        self.n = len(hidden)
+        self.first = 1 if has_cls else 0
+        self.heads = len(self.query)
+
+    def attends(self, token: int, kind: str) -> Tensor:
+        """(n,): what an attended token (0 is [CLS] if there is one) gives to every patch."""
+        total = torch.zeros(self.n, dtype=torch.float64)
+        for head in range(self.heads):
+            row = self.scale * (self.key[head] @ self.query[head, token])
+            if kind == "probabilities":
+                row = torch.exp(row - row.max())
+                row = row / row.sum()
+            total += row[self.first :]
+        return total / self.heads
+
+    def among_patches(self, kind: str) -> list[Tensor]:
+        """A: row i is what patch i gives to every patch."""
+        return [self.attends(self.first + i, kind) for i in range(self.n)]
+
+    def of_cls(self, kind: str = "probabilities") -> list[float]:
+        """a; without [CLS] what a patch receives from the patches on average."""
+        if self.has_cls:
+            return self.attends(0, kind).tolist()
+        received = torch.zeros(self.n, dtype=torch.float64)
+        for row in self.among_patches(kind):
+            received += row
+        return (received / self.n).tolist()
+
+    def mean_keys(self) -> list[Tensor]:
+        """(d,) for every patch: its key, mean over heads."""
+        keys = []
+        for patch in range(self.n):
+            total = torch.zeros_like(self.key[0, 0])
+            for head in range(self.heads):
+                total += self.key[head, self.first + patch]
+            keys.append(total / self.heads)
+        return keys
+
+
+def ranked(score: list[float]) -> list[int]:
+    """Indices from the highest score to the lowest."""
+    return sorted(range(len(score)), key=lambda i: (-score[i], i))
+
+
+def likeness(a: Tensor, b: Tensor) -> float:
+    """Cosine of two vectors."""
+    lengths = math.sqrt(float(a @ a)) * math.sqrt(float(b @ b))
+    return float(a @ b) / lengths if lengths else 0.0
+
+
+def kept(image: Image, target: list[int]) -> Reduced:
+    """The targets as they are."""
+    return (
+        [image.hidden[j] for j in target],
+        [image.position[j] for j in target],
+        [image.size[j] for j in target],
+    )
+
+
+def without(n: int, leaving: list[int]) -> list[int]:
+    """The indices that stay, in raster order."""
+    gone = set(leaving)
+    return [i for i in range(n) if i not in gone]
+
+
+# --- Methods ------------------------------------------------------------------------------------
+
+
+def ficoco_v(
+    image: Image,
+    keep: int,
+    attention: str,
+    normalise: bool,
+    coefficient: float,
+    window: int,
+    epsilon: float,
+    **more: float,
+) -> Reduced:
+    """Equations 11 to 13 of arXiv 2411.17686 with the local penalty."""
+    weight, n = more["lambda"], image.n
+    matrix = [row.tolist() for row in image.among_patches(attention)]
+    local = [sum(row) / n for row in matrix]
+    task = image.of_cls(attention)
+    if normalise:
+        local, task = unit(local), unit(task)
+    score = [weight * local[i] - (1 - weight) * task[i] for i in range(n)]
+    score = penalised(score, image.position, image.grid, window, coefficient)
+    source = sorted(ranked(score)[: n - keep])
+    target = without(n, source)
+
+    total = {j: image.hidden[j].clone() for j in target}
+    share = dict.fromkeys(target, 1.0)
+    for i in source:
+        row = [matrix[i][j] for j in target]
+        if attention == "logits":
+            row = [math.exp(x - max(row)) for x in row]
+        threshold = quantile(row, epsilon)
+        receives = [(j, x) for j, x in zip(target, row, strict=True) if x >= threshold]
+        whole = sum(x for _, x in receives)
+        if whole == 0:
+            continue  # i attends to nobody who stays
+        for j, x in receives:
+            total[j] = total[j] + x / whole * image.hidden[i]
+            share[j] += x / whole
+    _, position, size = kept(image, target)
+    return [total[j] / share[j] for j in target], position, size
+
+
+def unit(values: list[float]) -> list[float]:
+    """Divided by their length."""
+    length = math.sqrt(sum(x * x for x in values))
+    return [x / length for x in values] if length else values
+
+
+def penalised(
+    score: list[float],
+    position: list[int],
+    grid: tuple[int, int],
+    window: int,
+    coefficient: float,
+) -> list[float]:
+    """The highest score of every window: times the coefficient if positive, divided if not."""
+    leader: dict[tuple[int, int], int] = {}
+    for i, place in enumerate(position):
+        row, column = divmod(place, grid[1])
+        here = (row // window, column // window)
+        if here not in leader or score[i] > score[leader[here]]:
+            leader[here] = i
+    scaled = list(score)
+    for i in leader.values():
+        scaled[i] = score[i] * coefficient if score[i] > 0 else score[i] / coefficient
+    return scaled
+
+
+def quantile(values: list[float], q: float) -> float:
+    """Between the two entries next to rank q (n - 1), by linear interpolation."""
+    ordered = sorted(values)
+    rank = q * (len(ordered) - 1)
+    low = math.floor(rank)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+
+
+def tome(image: Image, keep: int) -> Reduced:
+    """Bipartite matching of arXiv 2210.09461: even tokens are A, odd ones B, key cosine."""
+    keys = image.mean_keys()
+    odd = range(1, image.n, 2)
+    strength, partner = {}, {}
+    for a in range(0, image.n, 2):
+        strength[a] = -math.inf
+        for b in odd:
+            similarity = likeness(keys[a], keys[b])
+            if similarity > strength[a]:
+                strength[a], partner[a] = similarity, b
+    source = sorted(strength, key=lambda a: (-strength[a], a))[: image.n - keep]
+    target = without(image.n, source)
+    hidden, position, size = [], [], []
+    for j in target:
+        total, count = image.size[j] * image.hidden[j], image.size[j]
+        for i in source:
+            if partner[i] == j:
+                total = total + image.size[i] * image.hidden[i]
+                count += image.size[i]
+        hidden.append(total / count)
+        position.append(image.position[j])
+        size.append(count)
+    return hidden, position, size
+
+
+def evit(image: Image, keep: int) -> Reduced:
+    """arXiv 2202.07800: keep - 1 tokens stay, the others become one, placed behind them."""
+    attention = image.of_cls()
+    source = sorted(ranked([-a for a in attention])[: image.n - keep + 1])
+    hidden, position, size = kept(image, without(image.n, source))
+    whole = sum(attention[i] for i in source)
+    fused = torch.zeros_like(image.hidden[0])
+    for i in source:
+        fused += (attention[i] / whole if whole else 1 / len(source)) * image.hidden[i]
+    return (
+        [*hidden, fused],
+        [*position, max(image.position[i] for i in source)],
+        [*size, sum(image.size[i] for i in source)],
+    )
+
+
+def topk(image: Image, keep: int) -> Reduced:
+    """The lowest [CLS] attention leaves."""
+    source = ranked([-a for a in image.of_cls()])[: image.n - keep]
+    return kept(image, without(image.n, source))
+
+
+def visionzip(image: Image, keep: int, contextual: float) -> Reduced:
+    """arXiv 2412.04467: dominant tokens by [CLS] attention, strided contextual ones of the rest."""
+    keys, count = image.mean_keys(), math.floor(keep * contextual)
+    dominant = ranked(image.of_cls())[: keep - count]
+    rest = without(image.n, dominant)
+    centres = [rest[i * len(rest) // count] for i in range(count)]
+    groups = {j: [j] for j in centres}
+    for i in rest:
+        if i not in groups and centres:
+            order = ranked([likeness(keys[i], keys[j]) for j in centres])
+            groups[centres[order[0]]].append(i)
+    hidden, position, size = [], [], []
+    for j in sorted([*dominant, *centres]):
+        group = groups.get(j, [j])
+        total = torch.zeros_like(image.hidden[j])
+        for i in group:
+            total += image.hidden[i]
+        hidden.append(total / len(group))
+        position.append(image.position[j])
+        size.append(sum(image.size[i] for i in group))
+    return hidden, position, size
+
+
+def prumerge(image: Image, keep: int, neighbours: int) -> Reduced:
+    """arXiv 2403.15388 at a fixed count: nearest leaving neighbours, by [CLS] attention."""
+    attention, keys = image.of_cls(), image.mean_keys()
+    source = sorted(ranked([-a for a in attention])[: image.n - keep])
+    target = without(image.n, source)
+    hidden = []
+    for j in target:
+        nearest = ranked([likeness(keys[j], keys[i]) for i in source])[:neighbours]
+        total, whole = attention[j] * image.hidden[j], attention[j]
+        for i in (source[place] for place in nearest):
+            total = total + attention[i] * image.hidden[i]
+            whole += attention[i]
+        hidden.append(total / whole if whole else image.hidden[j])
+    _, position, size = kept(image, target)
+    return hidden, position, size
+
+
+def pooling(image: Image, keep: int) -> Reduced:
+    """The mean of every window, at the window's first place."""
+    hidden, position, size = [], [], []
+    for places in cut(image.grid, keep):
+        total = torch.zeros_like(image.hidden[0])
+        for place in places:
+            total += image.hidden[place]
+        hidden.append(total / len(places))
+        position.append(places[0])
+        size.append(sum(image.size[place] for place in places))
+    return hidden, position, size
+
+
+def uniform(image: Image, keep: int) -> Reduced:
+    """The middle place of every window; of an even number the one behind the middle."""
+    middles = []
+    for places in cut(image.grid, keep):
+        rows = sorted({place // image.grid[1] for place in places})
+        columns = sorted({place % image.grid[1] for place in places})
+        row, column = rows[len(rows) // 2], columns[len(columns) // 2]
+        middles.append(row * image.grid[1] + column)
+    return kept(image, sorted(middles))
+
+
+def cut(grid: tuple[int, int], count: int) -> list[list[int]]:
+    """The places of every window, raster order.
+
+    A square window has an area of rows * columns / count, so its side is the root of that and
+    rows / side bands of rows are wanted: not more than there are rows or windows, and so many
+    that no band must hold more windows than columns. Bands share the rows evenly, the windows
+    are dealt evenly to the bands and share the columns of their band evenly.
+    """
+    rows, columns = grid
+    bands = round(rows / math.sqrt(rows * columns / count))
+    while bands * columns < count or bands < 1:
+        bands += 1
+    bands = min(bands, rows, count)
+    found = []
+    for band in range(bands):
+        lines = evenly(range(rows), band, bands)
+        here = len(evenly(range(count), band, bands))
+        for number in range(here):
+            across = evenly(range(columns), number, here)
+            found.append([line * columns + column for line in lines for column in across])
+    return found
+
+
+def evenly(items: range, part: int, parts: int) -> list[int]:
+    """The part-th of so many parts of nearly equal length: it ends at floor((part + 1) share)."""
+    n = len(items)
+    return [x for x in items if part * n // parts <= x < (part + 1) * n // parts]
+
+
+def random(image: Image, keep: int, seed: int) -> Reduced:
+    """Lots from splitmix64 over the bits of the float32 pixels, the seed and the place.
+
+    The image's number is the sum over its values, place by place, of the value's bits (as a
+    signed number) times mix((place + 1) * step). The lot of a token is mix(mix(number + seed) +
+    (place + 1) * step) as a signed number. All modulo 2 ** 64. The highest lots leave.
+    """
+    number = 0
+    for place, value in enumerate(image.pixels.flatten().tolist()):
+        (bits,) = struct.unpack("<i", struct.pack("<f", value))
+        number += bits * splitmix((place + 1) * STEP)
+    start = splitmix(number + seed)
+    lots = []
+    for place in image.position:
+        lot = splitmix(start + (place + 1) * STEP)
+        lots.append(lot - 2**64 if lot >= 2**63 else lot)
+    return kept(image, without(image.n, ranked(lots)[: image.n - keep]))
+
+
+STEP = 0x9E3779B97F4A7C15
+"""The increment of splitmix64."""
+
+
+def splitmix(x: int) -> int:
+    """The finaliser of splitmix64."""
+    x %= 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+FUNCTIONS = {
+    "ficoco-v": ficoco_v,
+    "tome": tome,
+    "evit": evit,
+    "topk": topk,
+    "visionzip": visionzip,
+    "prumerge": prumerge,
+    "pooling": pooling,
+    "uniform": uniform,
+    "random": random,
+}
+
+
+# --- Schedules ----------------------------------------------------------------------------------
+
+
+def stages(method: str, tokens: int, budget: int, layers: int) -> list[tuple[int, int]]:
+    """``(layer, keep)`` wherever tokens leave, for a tower in which so many layers run."""
+    if method == "ficoco-v":
+        start = 11 * layers // 23
+        share, more = divmod(tokens - budget, layers - start)
+        return plan(
+            tokens, [(layer, share + (layer - start < more)) for layer in range(start, layers)]
+        )
+    if method == "tome":
+        return plan(tokens, list(enumerate(halved(tokens, budget, layers))))
+    if method == "evit":
+        places = sorted({depth * layers // 12 for depth in (3, 6, 9)})
+        found, left = [], tokens
+        for i, layer in enumerate(places, start=1):
+            keep = round(tokens * (budget / tokens) ** (i / len(places)))
+            keep = max(keep, budget)
+            if keep < left:
+                found.append((layer, keep))
+                left = keep
+        return found
+    if PLACE[method] == "output":
+        return [(layers - 1, budget)]
+    raise KeyError(method)
+
+
+def plan(tokens: int, leaving: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """``(layer, keep)`` from ``(layer, how many leave)``."""
+    found = []
+    for layer, leave in leaving:
+        tokens -= leave
+        if leave:
+            found.append((layer, tokens))
+    return found
+
+
+def halved(tokens: int, budget: int, layers: int) -> list[int]:
+    """How many leave at every layer: evenly, but never more than half.
+
+    From the last layer to the first: a layer takes its even share of what still has to leave, or
+    as many as stay after it where that is less. So what the last layers cannot take falls evenly
+    to the first ones, the remainder to the very first.
+    """
+    leaving, to_leave, stay = [0] * layers, tokens - budget, budget
+    for layer in reversed(range(layers)):
+        leave = min(to_leave // (layer + 1), stay)
+        leaving[layer] = leave
+        to_leave -= leave
+        stay += leave
+    if to_leave:
+        raise ValueError(f"{budget} of {tokens} is out of reach of {layers} halvings")
+    return leaving

@@ -1,0 +1,648 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that act before the decoder select and merge what their formulas say.
+
+``MATRIX`` drives everything here: one row per method with its option variants. A new method is
+one row (and its transcription in ``reference/methods.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.reference import methods as reference
+from vllm_ficoco.methods import METHODS, Evidence, Tokens
+from vllm_ficoco.methods.ficoco_v import local_penalty
+
+HEADS, HEAD_SIZE, WIDTH, LAYERS = 2, 8, 12, 12
+SCALE = HEAD_SIZE**-0.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the tests need to know of a method."""
+
+    method: str
+    options: list[dict] = field(default_factory=lambda: [{}])
+    """Variants of its options to test."""
+    raster: bool = True
+    """Tokens come out in raster order."""
+    counts: bool = True
+    """``size`` of a token is how many patches it stands for, or 1 as nothing is merged."""
+
+
+MATRIX = [
+    Row(
+        "ficoco-v",
+        [
+            {},
+            {"attention": "probabilities"},
+            {"attention": "probabilities", "normalise": False, "epsilon": 0.6},
+            {"normalise": False, "lambda": 0.9, "window": 3, "coefficient": 4.5},
+            {"lambda": 1.0, "coefficient": 1.0, "epsilon": 1.0},
+            {"lambda": 0.0, "window": 1, "epsilon": 0.0},
+        ],
+        counts=False,
+    ),
+    Row("tome"),
+    Row("evit", raster=False),  # the extra token comes last
+    Row("topk"),
+    Row("visionzip", [{}, {"contextual": 0.0}, {"contextual": 0.5}], counts=False),
+    Row("prumerge", [{}, {"neighbours": 1}, {"neighbours": 3}], counts=False),
+    Row("pooling", counts=False),
+    Row("uniform"),
+    Row("random", [{}, {"seed": 7}]),
+]
+VARIANTS = [
+    pytest.param(row, options, id=f"{row.method}-{i}" if len(row.options) > 1 else row.method)
+    for row in MATRIX
+    for i, options in enumerate(row.options)
+]
+ROWS = [pytest.param(row, id=row.method) for row in MATRIX]
+
+
+class Setting(NamedTuple):
+    """One way in which images come."""
+
+    grid: tuple[int, int]
+    budget: str
+    dtype: torch.dtype
+    has_cls: bool
+    batch: int
+
+    def __str__(self) -> str:
+        rows, columns = self.grid
+        cls = "cls" if self.has_cls else "nocls"
+        return f"{rows}x{columns}-{self.budget}-{str(self.dtype)[6:]}-{cls}-{self.batch}"
+
+    def count(self) -> int:
+        n = self.grid[0] * self.grid[1]
+        return {
+            "1": 1,
+            "2": 2,
+            "n/9": n // 9,
+            "n/3": n // 3,
+            "n/2+1": n // 2 + 1,
+            "n-1": n - 1,
+        }[self.budget]
+
+
+SETTINGS = [
+    Setting((4, 4), "1", torch.float32, True, 3),
+    Setting((4, 4), "n/3", torch.bfloat16, False, 3),
+    Setting((4, 4), "n-1", torch.float32, False, 1),
+    Setting((6, 6), "2", torch.bfloat16, True, 1),
+    Setting((6, 6), "n/9", torch.float32, False, 3),
+    Setting((6, 6), "n/2+1", torch.float32, True, 3),
+    Setting((5, 7), "1", torch.float32, False, 1),
+    Setting((5, 7), "2", torch.float32, False, 1),
+    Setting((5, 7), "n/3", torch.float32, True, 3),
+    Setting((5, 7), "n-1", torch.bfloat16, True, 3),
+    Setting((5, 7), "n/2+1", torch.bfloat16, False, 1),
+    Setting((12, 12), "n/9", torch.float32, True, 1),
+]
+
+
+def images(batch: int, n: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Hidden states of unrelated images, the same for a seed whatever the batch."""
+    return random_rows(batch, (n, WIDTH), seed).to(dtype)
+
+
+def random_rows(batch: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Normal numbers that depend on the place in the batch and not on the batch's size."""
+    rows = []
+    for i in range(batch):
+        generator = torch.Generator().manual_seed(1000 * seed + i)
+        rows.append(torch.randn(shape, generator=generator))
+    return torch.stack(rows)
+
+
+def evidence_at(
+    layer: int,
+    grid: tuple[int, int],
+    n: int,
+    batch: int = 1,
+    has_cls: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Evidence:
+    """Random queries, keys and pixels of a layer that attends over n patches."""
+    shape = (HEADS, n + has_cls, HEAD_SIZE)
+    return Evidence(
+        query=(1.5 * random_rows(batch, shape, 100 + layer)).to(dtype),
+        key=(1.5 * random_rows(batch, shape, 200 + layer)).to(dtype),
+        scale=SCALE,
+        grid=grid,
+        has_cls=has_cls,
+        pixels=random_rows(batch, (3, 6, 5), 300).to(dtype),
+    )
+
+
+def pick(evidence: Evidence, which: list[int]) -> Evidence:
+    """The evidence of some images of a batch."""
+    return replace(
+        evidence,
+        query=evidence.query[which],
+        key=evidence.key[which],
+        pixels=evidence.pixels[which],
+    )
+
+
+def reduce(row: Row, options: dict, tokens: Tokens, evidence: Evidence, keep: int) -> Tokens:
+    """One stage of the package."""
+    method = METHODS[row.method]
+    return method.reduce(tokens, evidence, keep, method.options.model_validate(options))
+
+
+def reduce_reference(
+    row: Row, options: dict, tokens: Tokens, evidence: Evidence, keep: int, image: int
+) -> tuple[Tensor, list[int], list[float]]:
+    """The same stage by the transcription, from float64 copies of what the package gets."""
+    return reference.reduce_one(
+        row.method,
+        options,
+        tokens.hidden[image].double(),
+        evidence.query[image],
+        evidence.key[image],
+        evidence.scale,
+        evidence.has_cls,
+        evidence.grid,
+        tokens.position[image].tolist(),
+        tokens.size[image].tolist(),
+        keep,
+        evidence.pixels[image],
+    )
+
+
+def schedule(row: Row, tokens: int, budget: int, layers: int = LAYERS) -> list[tuple[int, int]]:
+    """The stages of the package."""
+    method = METHODS[row.method]
+    return [tuple(s) for s in method.schedule(tokens, budget, layers, method.options())]
+
+
+def test_every_method_is_in_the_matrix() -> None:
+    """No method ships without these tests."""
+    assert {row.method for row in MATRIX} == set(METHODS) - {"none"} == set(reference.PLACE)
+    for row in MATRIX:
+        method = METHODS[row.method]
+        assert method.name == row.method
+        assert method.place == reference.PLACE[row.method]
+        assert method.proportional_attention == (row.method in reference.PROPORTIONAL)
+        defaults = method.options().model_dump()
+        assert defaults == reference.DEFAULTS.get(row.method, {})
+
+
+# --- The formulas -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize(("row", "options"), VARIANTS)
+def test_matches_the_transcription(row: Row, options: dict, setting: Setting) -> None:
+    """Through all stages of a tower: the same tokens stay, with the values of the formulas."""
+    grid, _, dtype, has_cls, batch = setting
+    n = grid[0] * grid[1]
+    tokens = Tokens.of(images(batch, n, 0, dtype))
+    literal = [
+        (tokens.hidden[i].double(), tokens.position[i].tolist(), tokens.size[i].tolist())
+        for i in range(batch)
+    ]
+    # A float32 and a float64 sum, or one rounding to bfloat16 per stage.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}
+    if dtype is torch.bfloat16:
+        tolerance = {"rtol": 2e-2, "atol": 4e-2}
+    for layer, keep in schedule(row, n, setting.count()):
+        evidence = evidence_at(layer, grid, len(tokens), batch, has_cls, dtype)
+        # What a layer does to its tokens, standing in for attention and MLP.
+        update = images(batch, len(tokens), 400 + layer, dtype)
+        tokens = replace(tokens, hidden=tokens.hidden * 0.5 + update)
+        tokens = reduce(row, options, tokens, evidence, keep)
+        assert tokens.hidden.dtype == dtype
+        assert tokens.hidden.shape == (batch, keep, WIDTH)
+        for i in range(batch):
+            hidden, position, size = literal[i]
+            hidden, position, size = reference.reduce_one(
+                row.method,
+                options,
+                hidden * 0.5 + update[i].double(),
+                evidence.query[i],
+                evidence.key[i],
+                SCALE,
+                has_cls,
+                grid,
+                position,
+                size,
+                keep,
+                evidence.pixels[i],
+            )
+            literal[i] = hidden, position, size
+            assert tokens.position[i].tolist() == position
+            torch.testing.assert_close(tokens.hidden[i].double(), hidden, **tolerance)
+            if row.counts:
+                assert tokens.size[i].tolist() == size
+    assert len(tokens) == setting.count()
+
+
+def test_the_default_epsilon_at_full_size() -> None:
+    """0.998 means one receiver up to 500 targets and more beyond: 560 of 576 stay, then 48."""
+    row, grid = MATRIX[0], (24, 24)
+    tokens, evidence = Tokens.of(images(1, 576, 0)), evidence_at(0, grid, 576)
+    for keep in (560, 48):
+        mine = reduce(row, {}, tokens, evidence, keep)
+        hidden, position, _ = reduce_reference(row, {}, tokens, evidence, keep, 0)
+        assert mine.position[0].tolist() == position
+        torch.testing.assert_close(mine.hidden[0].double(), hidden, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", [MATRIX[0], MATRIX[1], MATRIX[4]], ids=lambda r: r.method)
+def test_what_receives_nothing_keeps_its_bits(row: Row) -> None:
+    """A token that nothing is merged into is passed on bit for bit, in bfloat16 as well."""
+    tokens = Tokens.of(images(1, 36, 0, torch.bfloat16))
+    evidence = evidence_at(0, (6, 6), 36, dtype=torch.bfloat16)
+    after = reduce(row, {}, tokens, evidence, 33)
+    before = tokens.hidden[0][after.position[0]]
+    same = (after.hidden[0] == before).all(-1)
+    literal = reduce_reference(row, {}, tokens, evidence, 33, 0)[0]
+    assert torch.equal(same, (literal == before.double()).all(-1))
+    assert 30 <= same.sum() < 33  # three leave, each to one that stays
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_tokens_stay_in_raster_order(row: Row) -> None:
+    """Positions ascend, are places of the grid and none comes twice."""
+    tokens, evidence = Tokens.of(images(2, 35, 0)), evidence_at(0, (5, 7), 35, 2)
+    position = reduce(row, {}, tokens, evidence, 20).position
+    kept = position if row.raster else position[:, :-1]
+    assert (kept.diff(dim=1) > 0).all()
+    assert position.min() >= 0
+    assert position.max() < 35
+    for places in position.tolist():
+        assert len(set(places)) == 20
+
+
+def test_local_penalty_by_hand() -> None:
+    """The first highest score of every 2 x 2 window that is not empty, on a grid with gaps."""
+    #  1  3 |  2        -1 -2 | -3
+    #  3  . |  .        -1  . |  .       . has left before
+    # ------+---
+    #  .  . |  0         .  . |  0
+    position = torch.tensor([[0, 1, 2, 3, 8]] * 2)
+    score = torch.tensor([[1.0, 3.0, 2.0, 3.0, 0.0], [-1.0, -2.0, -3.0, -1.0, 0.0]])
+    got = local_penalty(score, position, (3, 3), 2, 2.0)
+    assert got.tolist() == [[1.0, 6.0, 4.0, 3.0, 0.0], [-0.5, -2.0, -1.5, -1.0, 0.0]]
+
+
+# --- Evidence -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_cls", [True, False])
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+def test_evidence_is_the_attention_of_the_formulas(kind: str, has_cls: bool) -> None:
+    """a, mean_j A_ij, mean_i A_ij and A[S, T], entry by entry."""
+    n, evidence = 12, evidence_at(0, (3, 4), 12, 2, has_cls)
+    source = torch.tensor([[1, 5, 6], [0, 2, 11]])
+    target = torch.tensor([[0, 2, 3, 4], [1, 5, 9, 10]])
+    for i in range(2):
+        attention = {}
+        for head in range(HEADS):
+            for a in range(n + has_cls):
+                products = [
+                    SCALE * float(evidence.query[i, head, a] @ evidence.key[i, head, b])
+                    for b in range(n + has_cls)
+                ]
+                if kind == "probabilities":
+                    whole = sum(math.exp(x) for x in products)
+                    products = [math.exp(x) / whole for x in products]
+                for b, value in enumerate(products):
+                    attention[a, b] = attention.get((a, b), 0.0) + value / HEADS
+        f = int(has_cls)
+        patches = {(a, b): attention[a + f, b + f] for a in range(n) for b in range(n)}
+        given = [sum(patches[a, b] for b in range(n)) / n for a in range(n)]
+        received = [sum(patches[a, b] for a in range(n)) / n for b in range(n)]
+        of_cls = [attention[0, b + 1] for b in range(n)] if has_cls else received
+        between = [[patches[a, b] for b in target[i].tolist()] for a in source[i].tolist()]
+        for got, want in (
+            (evidence.attention_of_cls(kind), of_cls),
+            (evidence.attention_given(kind), given),
+            (evidence.attention_received(kind), received),
+            (evidence.attention_between(source, target, kind), between),
+        ):
+            torch.testing.assert_close(got[i], torch.tensor(want), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+def test_without_cls_the_attention_received_takes_its_place(kind: str) -> None:
+    """Of a tower without [CLS], Top-K keeps the patches that get most attention on average."""
+    evidence = evidence_at(0, (4, 4), 16, has_cls=False)
+    query, key = evidence.query[0], evidence.key[0]
+    received = torch.zeros(16)
+    for head in range(HEADS):
+        scores = SCALE * query[head] @ key[head].T
+        received += (scores.softmax(-1) if kind == "probabilities" else scores).sum(0)
+    received /= 16 * HEADS
+    got = evidence.attention_of_cls(kind)[0]
+    torch.testing.assert_close(got, received, rtol=1e-5, atol=1e-6)
+    if kind == "probabilities":
+        assert float(got.sum()) == pytest.approx(1.0)
+        after = reduce(Row("topk"), {}, Tokens.of(images(1, 16, 0)), evidence, 5)
+        assert after.position[0].tolist() == sorted(received.topk(5).indices.tolist())
+
+
+def test_heads_on_other_ranks_count() -> None:
+    """Evidence of a rank that holds half of the heads, once summed, is that of all heads."""
+    whole = evidence_at(0, (4, 4), 16, 2)
+    source, target = torch.arange(5).expand(2, -1), torch.arange(5, 16).expand(2, -1)
+    looks = {
+        f"{name}-{kind}": partial(
+            lambda e, name, kind: getattr(e, name)(kind), name=name, kind=kind
+        )
+        for name in ("attention_of_cls", "attention_given", "attention_received")
+        for kind in ("logits", "probabilities")
+    }
+    for kind in ("logits", "probabilities"):
+        looks[f"between-{kind}"] = partial(
+            lambda e, kind: e.attention_between(source, target, kind), kind=kind
+        )
+    looks["keys"] = lambda e: e.mean_keys()
+    for name, look in looks.items():
+        sent: list[Tensor] = []
+
+        def send(x: Tensor, sent: list[Tensor] = sent) -> Tensor:
+            sent.append(x)
+            return x
+
+        def receive(x: Tensor, sent: list[Tensor] = sent) -> Tensor:
+            return x + sent.pop(0)
+
+        halves = [
+            replace(whole, query=q, key=k, heads=HEADS, sum_over_ranks=f)
+            for q, k, f in zip(
+                whole.query.split(1, 1), whole.key.split(1, 1), (send, receive), strict=True
+            )
+        ]
+        look(halves[0])
+        got = look(halves[1])
+        torch.testing.assert_close(got, look(whole), rtol=1e-5, atol=1e-6, msg=name)
+
+
+# --- Batches ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_cls", [True, False], ids=["cls", "nocls"])
+@pytest.mark.parametrize(("row", "options"), VARIANTS)
+def test_an_image_does_not_depend_on_its_batch(row: Row, options: dict, has_cls: bool) -> None:
+    """Alone, first or last of five, or in another order: the same tokens and the same values."""
+    tokens, evidence = Tokens.of(images(5, 35, 0)), evidence_at(0, (5, 7), 35, 5, has_cls)
+    together = reduce(row, options, tokens, evidence, 20)
+    orders = [[i] for i in range(5)] + [[3, 0, 4, 2, 1]]
+    for order in orders:
+        part = Tokens(tokens.hidden[order], tokens.position[order], tokens.size[order])
+        got = reduce(row, options, part, pick(evidence, order), 20)
+        assert torch.equal(got.position, together.position[order])
+        assert torch.equal(got.hidden, together.hidden[order])
+        assert torch.equal(got.size, together.size[order])
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("has_cls", [True, False], ids=["cls", "nocls"])
+def test_repeats_itself(row: Row, has_cls: bool) -> None:
+    """The same call gives the same bits."""
+    tokens, evidence = Tokens.of(images(2, 36, 0)), evidence_at(0, (6, 6), 36, 2, has_cls)
+    once, again = (reduce(row, {}, tokens, evidence, 20) for _ in range(2))
+    assert torch.equal(once.position, again.position)
+    assert torch.equal(once.hidden, again.hidden)
+
+
+# --- Ties, extremes -----------------------------------------------------------------------------
+
+
+def alike(grid: tuple[int, int], has_cls: bool) -> tuple[Tokens, Evidence]:
+    """An image all of whose tokens, queries and keys are the same; products are exact."""
+    n = grid[0] * grid[1]
+    row = torch.zeros(HEADS, n + has_cls, HEAD_SIZE)
+    row[:, :, 0] = 2.0
+    hidden = torch.arange(WIDTH).float().expand(1, n, WIDTH)
+    return Tokens.of(hidden), Evidence(
+        row[None], row[None], 0.5, grid, has_cls, torch.ones(1, 3, 2, 2)
+    )
+
+
+@pytest.mark.parametrize("keep", [1, 5, 9, 15])
+@pytest.mark.parametrize("has_cls", [True, False], ids=["cls", "nocls"])
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.method) for row in MATRIX])
+def test_in_a_tie_the_lower_index_wins(row: Row, has_cls: bool, keep: int) -> None:
+    """Where all tokens are alike: the right count, finite, and the lower index leaves first."""
+    if row.method == "tome":
+        keep = max(keep, 8)
+    tokens, evidence = alike((4, 4), has_cls)
+    after = reduce(row, {}, tokens, evidence, keep)
+    assert after.hidden.shape == (1, keep, WIDTH)
+    torch.testing.assert_close(after.hidden, tokens.hidden[:, :keep])
+    again = reduce(row, {}, tokens, evidence, keep)
+    assert torch.equal(after.position, again.position)
+    assert after.position[0].tolist() == reduce_reference(row, {}, tokens, evidence, keep, 0)[1]
+    if row.method == "topk":
+        assert after.position[0].tolist() == list(range(16 - keep, 16))
+
+
+def sharp(grid: tuple[int, int], has_cls: bool) -> tuple[Tokens, Evidence]:
+    """An image in which all look at the first token alone: other probabilities are exactly 0."""
+    n = grid[0] * grid[1]
+    query = torch.zeros(HEADS, n + has_cls, HEAD_SIZE)
+    query[:, :, 0] = 100.0
+    key = query.clone()
+    key[:, 1:, 0] = -100.0
+    return Tokens.of(images(1, n, 0)), Evidence(
+        query[None], key[None], 1.0, grid, has_cls, torch.zeros(1, 3, 2, 2)
+    )
+
+
+@pytest.mark.parametrize("keep", [1, 5, 15])
+@pytest.mark.parametrize("has_cls", [True, False], ids=["cls", "nocls"])
+@pytest.mark.parametrize(("row", "options"), VARIANTS)
+def test_one_sided_attention_gives_finite_tokens(
+    row: Row, options: dict, has_cls: bool, keep: int
+) -> None:
+    """Attention that is exactly 0 for most patches must not turn into NaN."""
+    if row.method == "tome":
+        keep = max(keep, 8)
+    tokens, evidence = sharp((4, 4), has_cls)
+    after = reduce(row, options, tokens, evidence, keep)
+    assert after.hidden.shape == (1, keep, WIDTH)
+    assert after.hidden.isfinite().all()
+    assert len(set(after.position[0].tolist())) == keep
+
+
+def test_a_token_that_attends_to_nobody_does_not_stop_the_others() -> None:
+    """FiCoCo-V on probabilities: one leaving token gives nothing, the others still merge."""
+    # With lambda = 0 only [CLS] decides who leaves, so the one below does so either way.
+    row = Row("ficoco-v")
+    options = {"attention": "probabilities", "lambda": 0.0, "coefficient": 1.0}
+    tokens, evidence = Tokens.of(images(1, 16, 0)), evidence_at(0, (4, 4), 16)
+    query, key = evidence.query.clone(), evidence.key.clone()
+    query[..., -1], key[..., -1] = 0.0, 0.0
+    usual = reduce(row, options, tokens, replace(evidence, query=query, key=key), 10)
+    leaving = sorted(set(range(16)) - set(usual.position[0].tolist()))
+    # One query meets one key in a direction of their own: [CLS] takes all of its attention.
+    query[:, :, 1 + leaving[0], -1] = 1000.0
+    key[:, :, 0, -1] = 1000.0
+    evidence = replace(evidence, query=query, key=key)
+    after = reduce(row, options, tokens, evidence, 10)
+    hidden, position, _ = reduce_reference(row, options, tokens, evidence, 10, 0)
+    assert leaving[0] not in position
+    assert after.position[0].tolist() == position
+    torch.testing.assert_close(after.hidden[0].double(), hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_zero_keys_are_finite() -> None:
+    """A key of length 0 has cosine 0 with everything."""
+    for row in MATRIX:
+        tokens, evidence = Tokens.of(images(1, 16, 0)), evidence_at(0, (4, 4), 16)
+        evidence = replace(evidence, key=torch.zeros_like(evidence.key))
+        assert reduce(row, {}, tokens, evidence, 9).hidden.isfinite().all(), row.method
+
+
+# --- Random -------------------------------------------------------------------------------------
+
+
+def test_random_depends_on_image_and_seed_alone() -> None:
+    """Other hidden states, queries and keys change nothing; a pixel or the seed does."""
+    row, tokens = Row("random"), Tokens.of(images(1, 144, 0))
+    evidence = evidence_at(0, (12, 12), 144)
+    first = reduce(row, {}, tokens, evidence, 30).position
+    other = replace(evidence_at(5, (12, 12), 144), pixels=evidence.pixels)
+    assert torch.equal(reduce(row, {}, Tokens.of(images(1, 144, 9)), other, 30).position, first)
+    assert not torch.equal(reduce(row, {"seed": 1}, tokens, evidence, 30).position, first)
+    pixels = evidence.pixels.clone()
+    pixels[0, 2, 5, 4] += 1e-3
+    changed = replace(evidence, pixels=pixels)
+    assert not torch.equal(reduce(row, {}, tokens, changed, 30).position, first)
+
+
+def test_random_sees_the_first_pixel() -> None:
+    """The lot is a hash of all of the image's pixels."""
+    tokens, evidence = Tokens.of(images(1, 144, 0)), evidence_at(0, (12, 12), 144)
+    pixels = evidence.pixels.clone()
+    pixels[0, 0, 0, 0] += 1.0
+    one, other = (
+        reduce(Row("random"), {}, tokens, e, 30).position
+        for e in (evidence, replace(evidence, pixels=pixels))
+    )
+    assert not torch.equal(one, other)
+
+
+def test_random_is_even() -> None:
+    """Over many images every place stays about as often: no place is preferred."""
+    batch, n, keep = 2000, 16, 4
+    evidence = replace(
+        evidence_at(0, (4, 4), n), pixels=torch.arange(batch * 12.0).view(batch, 3, 2, 2)
+    )
+    tokens = Tokens.of(torch.zeros(batch, n, 1))
+    often = (
+        reduce(Row("random"), {}, tokens, evidence, keep).position.flatten().bincount(minlength=n)
+    )
+    # Mean 500, standard deviation 19: five of them.
+    assert (often - batch * keep / n).abs().max() < 100
+
+
+# --- The host must not wait ---------------------------------------------------------------------
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses the operators for which the host has to wait for the device."""
+
+    WAITS = (
+        "_local_scalar_dense",
+        "item",
+        "is_nonzero",
+        "nonzero",
+        "nonzero_numpy",
+        "masked_select",
+        "unique",
+        "_unique",
+        "_unique2",
+        "unique_dim",
+        "unique_consecutive",
+        "equal",
+        "bincount",
+        "histc",
+        "repeat_interleave",
+        "lift_fresh",  # a tensor from Python numbers: a copy to the device, which waits
+    )
+
+    def __init__(self, but: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.refused = [name for name in self.WAITS if name not in but]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if name in self.refused:
+            raise AssertionError(f"the host waits for {func.name()}")
+        if name in ("index", "index_put", "index_put_"):
+            for index in args[1]:
+                assert index is None or index.dtype not in (torch.bool, torch.uint8), func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_guard_sees_waiting() -> None:
+    """What the next tests rely on."""
+    x = torch.arange(4.0)
+    for wait in (
+        lambda: x.sum().item(),
+        lambda: bool(x[0] > 0),
+        lambda: x.nonzero(),
+        lambda: x[x > 1],
+        lambda: x.masked_select(x > 1),
+        lambda: x.unique(),
+        lambda: torch.as_tensor(1.0, device=x.device),
+    ):
+        with pytest.raises(AssertionError), NoWaiting():
+            wait()
+
+
+@pytest.mark.parametrize("has_cls", [True, False], ids=["cls", "nocls"])
+@pytest.mark.parametrize(("row", "options"), VARIANTS)
+def test_the_host_does_not_wait(row: Row, options: dict, has_cls: bool) -> None:
+    """No result on the device decides what the host does next."""
+    tokens, evidence = Tokens.of(images(2, 36, 0)), evidence_at(0, (6, 6), 36, 2, has_cls)
+    reduce(row, options, tokens, evidence, 20)  # windows of a grid are made once
+    evidence = replace(evidence)  # nothing cached
+    with NoWaiting(but=("lift_fresh",)):
+        reduce(row, options, tokens, evidence, 20)
+
+
+@pytest.mark.parametrize(("row", "options"), VARIANTS)
+def test_nothing_is_copied_to_the_device(row: Row, options: dict) -> None:
+    """A Python number that becomes a tensor is copied to the device, and the host waits for it."""
+    tokens, evidence = Tokens.of(images(2, 36, 0)), evidence_at(0, (6, 6), 36, 2)
+    reduce(row, options, tokens, evidence, 20)
+    with NoWaiting():
+        reduce(row, options, tokens, replace(evidence), 20)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("row", "options"), VARIANTS)
+def test_a_gpu_agrees_and_is_not_waited_for(row: Row, options: dict) -> None:
+    """On a GPU: no synchronisation, and the tokens that the CPU selects."""
+    tokens, evidence = Tokens.of(images(3, 36, 0)), evidence_at(0, (6, 6), 36, 3)
+    there = Tokens(tokens.hidden.cuda(), tokens.position.cuda(), tokens.size.cuda())
+    proof = replace(
+        evidence,
+        query=evidence.query.cuda(),
+        key=evidence.key.cuda(),
+        pixels=evidence.pixels.cuda(),
+    )
+    reduce(row, options, there, proof, 20)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = reduce(row, options, there, replace(proof), 20)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = reduce(row, options, tokens, evidence, 20)
+    assert torch.equal(got.position.cpu(), want.position)
+    torch.testing.assert_close(got.hidden.cpu(), want.hidden, rtol=1e-4, atol=1e-4)

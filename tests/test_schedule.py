@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every schedule ends at exactly the budget, for every count and depth."""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import pairwise
+
+import pytest
+
+from tests.reference import methods as reference
+from vllm_ficoco import schedule
+from vllm_ficoco.methods import METHODS
+from vllm_ficoco.methods.visionzip import VisionZipOptions
+
+REDUCING = sorted(set(METHODS) - {"none"})
+
+
+def stages(method: str, tokens: int, budget: int, layers: int) -> list[tuple[int, int]]:
+    """``(layer, keep)`` by the package, default options."""
+    spec = METHODS[method]
+    return [tuple(s) for s in spec.schedule(tokens, budget, layers, spec.options())]
+
+
+def counts(tokens: int) -> list[int]:
+    """Every budget of a small grid; of a large one the ends and some between."""
+    if tokens <= 40:
+        return list(range(1, tokens))
+    ends = [*range(1, 30), *range(tokens - 5, tokens)]
+    return sorted({*ends, *range(30, tokens, 1 if tokens <= 144 else 7), 64, 128, tokens // 3})
+
+
+def depths(tokens: int) -> range | tuple[int, ...]:
+    """Every depth of a tower of up to 27 layers; for large grids some."""
+    return range(1, 28) if tokens <= 40 else (1, 2, 3, 4, 11, 12, 23, 24, 26, 27)
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 41), 144, 256, 576])
+@pytest.mark.parametrize("method", REDUCING)
+def test_ends_at_the_budget(method: str, tokens: int) -> None:
+    """Layers ascend and exist, every stage lets something go, the last one leaves the budget."""
+    for layers in depths(tokens):
+        smallest = math.ceil(tokens / 2**layers) if method == "tome" else 1
+        for budget in counts(tokens):
+            if budget < smallest:
+                continue
+            plan = stages(method, tokens, budget, layers)
+            where = [layer for layer, _ in plan]
+            left = [tokens, *(keep for _, keep in plan)]
+            case = (layers, budget, plan)
+            assert left[-1] == budget, case
+            assert all(a > b for a, b in pairwise(left)), case
+            assert where == sorted(set(where)), case
+            assert where[0] >= 0, case
+            assert where[-1] < layers, case
+            if method == "tome":
+                assert all(a <= 2 * b for a, b in pairwise(left)), case
+            elif METHODS[method].place == "output":
+                assert plan == [(layers - 1, budget)], case
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 7, 16, 25, 36, 144, 576])
+@pytest.mark.parametrize("method", sorted(set(REDUCING) - {"tome"}))
+def test_matches_the_transcription(method: str, tokens: int) -> None:
+    """The stages are those of the descriptions."""
+    for layers in (1, 2, 3, 5, 12, 23, 24, 26, 27):
+        for budget in counts(tokens):
+            want = reference.stages(method, tokens, budget, layers)
+            assert stages(method, tokens, budget, layers) == want, (layers, budget)
+
+
+def test_none_has_no_stages() -> None:
+    """Nothing leaves anywhere."""
+    assert stages("none", 576, 64, 23) == []
+
+
+# --- Spreading ----------------------------------------------------------------------------------
+
+
+def test_even_is_even() -> None:
+    """What leaves differs by at most one between layers, and the first layers take the more."""
+    for tokens in (2, 5, 17, 100, 576):
+        for budget in range(1, tokens):
+            for length in (1, 2, 5, 12, 23):
+                layers = range(3, 3 + length)
+                left, leaving = tokens, dict.fromkeys(layers, 0)
+                for layer, keep in schedule.even(tokens, budget, layers):
+                    leaving[layer], left = left - keep, keep
+                taken = list(leaving.values())
+                assert sum(taken) == tokens - budget
+                assert max(taken) - min(taken) <= 1
+                assert taken == sorted(taken, reverse=True)
+
+
+def test_nothing_to_spread() -> None:
+    """A budget of all tokens has no stages."""
+    assert schedule.even(7, 7, range(3)) == []
+    assert schedule.halving(7, 7, range(3)) == []
+
+
+def test_llava() -> None:
+    """LLaVA-1.5: 576 tokens, of CLIP-L's 24 layers 23 run."""
+    for budget in (192, 128, 64, 1, 564):
+        plan = stages("ficoco-v", 576, budget, 23)
+        assert [layer for layer, _ in plan] == list(range(11, 23))
+        assert plan[-1] == (22, budget)
+    # The authors let 42 go at each of 12 layers.
+    assert stages("ficoco-v", 576, 72, 23) == [(11 + i, 576 - 42 * (i + 1)) for i in range(12)]
+    # 448 = 12 * 37 + 4.
+    left = [keep for _, keep in stages("ficoco-v", 576, 128, 23)]
+    assert left[:6] == [538, 500, 462, 424, 387, 350]
+    assert [layer for layer, _ in stages("tome", 576, 64, 23)] == list(range(23))
+    assert stages("evit", 576, 72, 23) == [(5, 288), (11, 144), (17, 72)]
+    assert stages("evit", 64, 1, 12) == [(3, 16), (6, 4), (9, 1)]
+
+
+def test_same_depth() -> None:
+    """As deep in a tower of another height; never past its last layer."""
+    assert schedule.same_depth(11, 23, 23) == 11
+    assert schedule.same_depth(11, 23, 26) == 12  # SigLIP-so400m without its last layer
+    assert [schedule.same_depth(layer, 12, 24) for layer in (3, 6, 9)] == [6, 12, 18]
+    for of in range(1, 28):
+        for layers in range(1, 28):
+            found = [schedule.same_depth(layer, of, layers) for layer in range(of)]
+            assert found == sorted(found)
+            assert found[0] == 0
+            assert found[-1] < layers
+            for layer, place in enumerate(found):
+                assert place / layers <= layer / of < (place + 1) / layers
+
+
+# --- Halving ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [*range(2, 41), 144, 256, 576])
+def test_tome_refuses_what_halving_cannot_reach(tokens: int) -> None:
+    """Exactly the budgets below ceil(n / 2^layers) are refused; the message names the smallest."""
+    for layers in range(1, 12):
+        smallest = tokens
+        for _ in range(layers):
+            smallest -= smallest // 2
+        for budget in range(1, min(smallest, 25)):
+            with pytest.raises(ValueError, match=rf"at least {smallest}\b"):
+                stages("tome", tokens, budget, layers)
+        if smallest > 1:
+            with pytest.raises(ValueError, match=rf"at least {smallest}\b") as refused:
+                stages("tome", tokens, smallest - 1, layers)
+            named = int(re.findall(r"\d+", str(refused.value))[0])
+            assert stages("tome", tokens, named, layers)[-1][1] == named
+        if smallest < tokens:
+            assert stages("tome", tokens, smallest, layers)[-1][1] == smallest
+
+
+def even_enough(tokens: int, layers: int) -> list[int]:
+    """The budgets at which every layer can take its even share."""
+    return [b for b in counts(tokens) if math.ceil((tokens - b) / layers) <= b]
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 7, 16, 25, 36, 144, 576])
+def test_tome_is_even_where_it_can_be(tokens: int) -> None:
+    """Where no layer would lose more than half, ToMe spreads like any other schedule."""
+    for layers in (1, 2, 3, 12, 23):
+        for budget in even_enough(tokens, layers):
+            plan = schedule.halving(tokens, budget, range(layers))
+            assert plan == schedule.even(tokens, budget, range(layers)), (layers, budget)
+            assert plan == reference.stages("tome", tokens, budget, layers), (layers, budget)
+
+
+def test_tome_first_layers_take_what_the_last_cannot() -> None:
+    """At small budgets no layer takes more than an earlier one."""
+    for tokens, budget, layers in ((576, 5, 23), (576, 16, 23), (144, 1, 12), (36, 2, 6)):
+        plan = stages("tome", tokens, budget, layers)
+        left = [tokens, *(keep for _, keep in plan)]
+        taken = [a - b for a, b in pairwise(left)]
+        assert taken == sorted(taken, reverse=True), (tokens, budget, layers, taken)
+        assert plan == reference.stages("tome", tokens, budget, layers)
+
+
+# --- Counts of single methods -------------------------------------------------------------------
+
+
+def test_visionzip_splits_as_published() -> None:
+    """162 + 30, 108 + 20 and 54 + 10 for LLaVA-1.5."""
+    share = VisionZipOptions().contextual
+    assert [int(budget * share) for budget in (192, 128, 64)] == [30, 20, 10]
+
+
+# --- Windows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "grid", [(1, 1), (1, 9), (9, 1), (2, 13), (4, 4), (5, 7), (7, 5), (12, 12)]
+)
+def test_windows_tile_the_grid(grid: tuple[int, int]) -> None:
+    """For every count: so many rectangles, in raster order, that cover every place once."""
+    rows, columns = grid
+    for count in range(1, rows * columns + 1):
+        cuts = schedule.windows(grid, count)
+        assert len(cuts) == count
+        assert cuts == sorted(cuts)
+        covered = [0] * (rows * columns)
+        for top, bottom, left, right in cuts:
+            assert 0 <= top < bottom <= rows
+            assert 0 <= left < right <= columns
+            for row in range(top, bottom):
+                for column in range(left, right):
+                    covered[row * columns + column] += 1
+        assert covered == [1] * (rows * columns), count
+        heights = {bottom - top for top, bottom, _, _ in cuts}
+        assert max(heights) - min(heights) <= 1
+
+
+@pytest.mark.parametrize("grid", [(1, 9), (9, 1), (2, 13), (4, 4), (5, 7), (12, 12), (16, 16)])
+def test_windows_are_those_of_the_transcription(grid: tuple[int, int]) -> None:
+    """The same places in the same windows."""
+    rows, columns = grid
+    for count in range(1, rows * columns + 1):
+        mine = [
+            [row * columns + column for row in range(t, b) for column in range(le, r)]
+            for t, b, le, r in schedule.windows(grid, count)
+        ]
+        assert mine == reference.cut(grid, count), count
+
+
+def test_windows_are_square_where_they_can_be() -> None:
+    """A square count of a grid whose sides it divides gives squares."""
+    for count, side in ((1, 24), (4, 12), (16, 6), (64, 3), (144, 2), (576, 1)):
+        for top, bottom, left, right in schedule.windows((24, 24), count):
+            assert bottom - top == right - left == side

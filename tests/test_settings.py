@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings have one canonical form, and whatever is wrong is a SettingsError that says what."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_ficoco.methods import METHODS
+from vllm_ficoco.settings import (
+    DEFAULT_METHOD,
+    MAX_BUDGET,
+    Reduction,
+    SettingsError,
+    pack,
+    per_image,
+    unpack,
+)
+
+NAN, INF = float("nan"), float("inf")
+FICOCO = {
+    "attention": "logits",
+    "coefficient": 2.0,
+    "epsilon": 0.998,
+    "lambda": 0.35,
+    "normalise": True,
+    "window": 2,
+}
+
+
+# --- One form -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"budget": 64}, {"budget": 64, "method": "ficoco-v", "options": {}}),
+        ({"budget": 64}, {"budget": 64, "method": None, "options": None}),
+        ({"budget": 64}, {"options": FICOCO, "method": "ficoco-v", "budget": 64}),
+        (
+            {"budget": 64, "options": {"coefficient": 3}},
+            {"options": {"coefficient": 3.0}, "budget": 64},
+        ),
+        ({"budget": 64, "options": {"lambda": 0}}, {"budget": 64, "options": {"lambda": 0.0}}),
+        (
+            {"budget": 64, "options": {"lambda": 0.5, "window": 3}},
+            {"budget": 64, "options": {"window": 3, "lambda": 0.5}},
+        ),
+        (
+            {"method": "visionzip", "budget": 9},
+            {"method": "visionzip", "budget": 9, "options": {"contextual": 0.15625}},
+        ),
+        ({"method": "none"}, {"method": "none", "budget": 7}),
+        ({"budget": 64}, MappingProxyType({"budget": 64})),
+        (
+            {"budget": 64, "options": {"lambda": 0.0}},
+            {"budget": 64, "options": {"lambda": -0.0}},
+        ),
+    ],
+)
+def test_two_spellings_of_one_meaning(one: dict, other: dict) -> None:
+    """Equal, with the same hash and the same key."""
+    a, b = Reduction.parse(one), Reduction.parse(other)
+    assert a == b
+    assert a.key == b.key
+    assert hash(a) == hash(b)
+    assert len({a, b}) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"budget": 65},
+        {"budget": 64, "method": "tome"},
+        {"budget": 64, "options": {"lambda": 0.36}},
+        {"budget": 64, "options": {"normalise": False}},
+        {"method": "none"},
+    ],
+)
+def test_other_meanings_have_other_keys(other: dict) -> None:
+    """A cache must never take one for the other."""
+    a, b = Reduction.parse({"budget": 64}), Reduction.parse(other)
+    assert a != b
+    assert a.key != b.key
+
+
+def test_the_canonical_form() -> None:
+    """Defaults are filled in under the names that clients write; the key is compact JSON."""
+    reduction = Reduction.parse({"budget": 64})
+    assert reduction.method == DEFAULT_METHOD == "ficoco-v"
+    assert reduction.options == FICOCO
+    assert list(reduction.options) == sorted(FICOCO)
+    assert json.loads(reduction.key) == {"method": "ficoco-v", "budget": 64, "options": FICOCO}
+    assert " " not in reduction.key
+    assert Reduction.of_budget(64) == reduction
+    assert Reduction.parse(reduction) is reduction
+    assert Reduction.parse(json.loads(reduction.key)) == reduction
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_parses_with_its_defaults(method: str) -> None:
+    """The options come back as the method's own model, unchanged."""
+    reduction = Reduction.parse({"method": method, "budget": 3})
+    assert reduction.spec is METHODS[method]
+    assert reduction.parsed_options() == METHODS[method].options()
+
+
+def test_options_reach_the_method() -> None:
+    """Under the names of Python."""
+    options = {"lambda": 1, "attention": "probabilities", "window": 5}
+    parsed = Reduction.parse({"budget": 1, "options": options}).parsed_options()
+    assert (parsed.lambda_, parsed.attention, parsed.window) == (1.0, "probabilities", 5)
+    assert isinstance(parsed.lambda_, float)
+
+
+def test_the_input_is_left_alone() -> None:
+    """What the client sent is not changed, and does not change the settings later."""
+    sent: dict[str, Any] = {"budget": 64, "options": {"window": 3}}
+    before = copy.deepcopy(sent)
+    reduction = Reduction.parse(sent)
+    assert sent == before
+    sent["options"]["window"] = 4
+    assert reduction.options["window"] == 3
+
+
+def test_none_has_one_form() -> None:
+    """Whatever its budget; it reduces nothing."""
+    forms = {Reduction.parse({"method": "none", "budget": b}) for b in (None, 1, 64, MAX_BUDGET)}
+    assert len(forms) == 1
+    assert forms.pop().for_tokens(576) is None
+
+
+def test_for_tokens() -> None:
+    """An image of no more tokens than the budget is not reduced."""
+    reduction = Reduction.of_budget(64)
+    assert reduction.for_tokens(65) is reduction
+    assert reduction.for_tokens(64) is None
+    assert reduction.for_tokens(1) is None
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"budget": 1},
+        {"budget": MAX_BUDGET, "method": "tome"},
+        {"method": "none"},
+        {"budget": 64, "options": {"lambda": 1 / 3, "epsilon": 1e-300}},
+        {"budget": 64, "method": "random", "options": {"seed": 2**31 - 1}},
+    ],
+)
+def test_pack_and_unpack(sent: dict) -> None:
+    """Settings survive as a uint8 tensor, to the last bit."""
+    reduction = Reduction.parse(sent)
+    packed = pack(reduction)
+    assert packed.dtype == torch.uint8
+    assert packed.dim() == 1
+    assert unpack(packed) == reduction
+    assert unpack(packed).key == reduction.key
+    assert unpack(packed.clone()) == reduction
+
+
+def test_no_reduction_packs_to_nothing() -> None:
+    """None is an empty tensor."""
+    assert pack(None).numel() == 0
+    assert pack(None).dtype == torch.uint8
+    assert unpack(pack(None)) is None
+
+
+# --- What is wrong ------------------------------------------------------------------------------
+
+BAD_BUDGETS = [
+    64.0,
+    0.5,
+    NAN,
+    INF,
+    True,
+    False,
+    -1,
+    0,
+    "64",
+    "",
+    MAX_BUDGET + 1,
+    10**30,
+    [64],
+    {},
+    b"6",
+]
+
+
+@pytest.mark.parametrize("budget", BAD_BUDGETS, ids=repr)
+def test_bad_budgets(budget: object) -> None:
+    """Only whole numbers in range; the message names the field, the value and the range."""
+    for read, name in (
+        (lambda: Reduction.of_budget(budget), "visual_token_budget"),
+        (lambda: Reduction.parse({"budget": budget}), "reduction.budget"),
+        (lambda: Reduction.parse({"budget": budget}, "reduction[2]"), "reduction[2].budget"),
+        (lambda: Reduction.parse({"method": "none", "budget": budget}), "reduction.budget"),
+    ):
+        with pytest.raises(SettingsError) as wrong:
+            read()
+        assert wrong.value.field == name
+        assert wrong.value.allowed == f"a whole number from 1 to {MAX_BUDGET}"
+        assert str(wrong.value) == (
+            f"{name} = {budget!r} is not valid: it must be a whole number from 1 to {MAX_BUDGET}."
+        )
+
+
+def test_no_budget() -> None:
+    """A method alone is not enough; nor is nothing."""
+    for sent in ({}, {"method": "tome"}, {"budget": None}):
+        with pytest.raises(
+            SettingsError, match=r"^reduction\.budget = None .* 1 to 1000000"
+        ) as wrong:
+            Reduction.parse(sent)
+        assert wrong.value.field == "reduction.budget"
+    with pytest.raises(SettingsError, match=r"^visual_token_budget = None "):
+        Reduction.of_budget(None)
+
+
+@pytest.mark.parametrize(
+    ("sent", "field", "allowed"),
+    [
+        (None, "reduction", "an object"),
+        ([], "reduction", "an object"),
+        ([{"budget": 64}], "reduction", "an object"),
+        ("ficoco-v", "reduction", "an object"),
+        (64, "reduction", "an object"),
+        (True, "reduction", "an object"),
+        (NAN, "reduction", "an object"),
+        ({"method": "fastv", "budget": 64}, "reduction.method", "ficoco-v"),
+        ({"method": "FiCoCo-V", "budget": 64}, "reduction.method", "ficoco-v"),
+        ({"method": "", "budget": 64}, "reduction.method", "visionzip"),
+        ({"method": 3, "budget": 64}, "reduction.method", "string"),
+        ({"method": ["tome"], "budget": 64}, "reduction.method", "string"),
+        ({"method": {"tome": 1}, "budget": 64}, "reduction.method", "string"),
+        ({"method": True, "budget": 64}, "reduction.method", "string"),
+        ({"budget": 64, "ratio": 0.5}, "reduction.ratio", "method, budget, options"),
+        ({"budget": 64, "lambda": 0.5}, "reduction.lambda", "method, budget, options"),
+        ({"budget": 64, "Budget": 64}, "reduction.Budget", "method, budget, options"),
+        ({"budget": 64, "options": []}, "reduction.options", "dictionary"),
+        ({"budget": 64, "options": "lambda"}, "reduction.options", "dictionary"),
+        ({"budget": 64, "options": 0}, "reduction.options", "dictionary"),
+        ({"budget": 64, "options": [["lambda", 0.5]]}, "reduction.options", "dictionary"),
+        ({"budget": 64, "options": {"lamda": 0.5}}, "reduction.options.lamda", "lambda"),
+        ({"budget": 64, "options": {"lambda_": 0.5}}, "reduction.options.lambda_", "lambda,"),
+        ({"budget": 64, "options": {"seed": 1}}, "reduction.options.seed", "known here"),
+        ({"budget": 64, "options": {"lambda": 1.01}}, "reduction.options.lambda", "equal to 1"),
+        ({"budget": 64, "options": {"lambda": -1e-9}}, "reduction.options.lambda", "equal to 0"),
+        ({"budget": 64, "options": {"lambda": NAN}}, "reduction.options.lambda", "finite"),
+        ({"budget": 64, "options": {"lambda": "0.5"}}, "reduction.options.lambda", "number"),
+        ({"budget": 64, "options": {"lambda": True}}, "reduction.options.lambda", "number"),
+        ({"budget": 64, "options": {"lambda": None}}, "reduction.options.lambda", "number"),
+        ({"budget": 64, "options": {"lambda": [0.5]}}, "reduction.options.lambda", "number"),
+        (
+            {"budget": 64, "options": {"coefficient": INF}},
+            "reduction.options.coefficient",
+            "finite",
+        ),
+        ({"budget": 64, "options": {"coefficient": 0.9}}, "reduction.options.coefficient", "to 1"),
+        ({"budget": 64, "options": {"coefficient": 10**400}}, "reduction.options.coefficient", ""),
+        ({"budget": 64, "options": {"window": 2.0}}, "reduction.options.window", "integer"),
+        ({"budget": 64, "options": {"window": 0}}, "reduction.options.window", "equal to 1"),
+        ({"budget": 64, "options": {"window": 65}}, "reduction.options.window", "equal to 64"),
+        ({"budget": 64, "options": {"epsilon": -INF}}, "reduction.options.epsilon", "finite"),
+        ({"budget": 64, "options": {"normalise": 1}}, "reduction.options.normalise", "boolean"),
+        ({"budget": 64, "options": {"attention": "keys"}}, "reduction.options.attention", "logits"),
+        (
+            {"budget": 64, "options": {"attention": ["logits"]}},
+            "reduction.options.attention",
+            "logits",
+        ),
+        (
+            {"budget": 64, "options": {"lambda": {"a": [{"b": {}}]}}},
+            "reduction.options.lambda",
+            "number",
+        ),
+        (
+            {"method": "tome", "budget": 64, "options": {"r": 8}},
+            "reduction.options.r",
+            "no options",
+        ),
+        (
+            {"method": "visionzip", "budget": 64, "options": {"contextual": 1}},
+            "reduction.options.contextual",
+            "less than 1",
+        ),
+        (
+            {"method": "prumerge", "budget": 64, "options": {"neighbours": 0}},
+            "reduction.options.neighbours",
+            "equal to 1",
+        ),
+        (
+            {"method": "random", "budget": 64, "options": {"seed": -1}},
+            "reduction.options.seed",
+            "equal to 0",
+        ),
+        (
+            {"method": "random", "budget": 64, "options": {"seed": 2**31}},
+            "reduction.options.seed",
+            "less than 2147483648",
+        ),
+        ({"method": "none", "options": {"a": 1}}, "reduction.options.a", "no options"),
+    ],
+    ids=repr,
+)
+def test_bad_reductions(sent: object, field: str, allowed: str) -> None:
+    """SettingsError and nothing else; it names the field, what was given and what is allowed."""
+    with pytest.raises(SettingsError) as wrong:
+        Reduction.parse(sent)
+    error = wrong.value
+    assert error.field == field
+    assert allowed in error.allowed
+    value: Any = sent
+    for part in field.split(".")[1:]:
+        value = value[part]
+    assert error.value is value or error.value == value
+    shown = repr(value)
+    message = str(error)
+    assert message.startswith(f"{field} = {shown[:97]}")
+    assert message.endswith(f"is not valid: it must be {error.allowed}.")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {1: 2, "budget": 64},
+        {None: 2, "budget": 64},
+        {"budget": 64, "options": {1: 2}},
+        {"budget": 64, "options": {("lambda",): 2}},
+        {"budget": 64, "\ud800": 1},
+        {"budget": 64, "options": {"\ud800": 1}},
+        {"budget": 64, "options": {"attention": "\ud800"}},
+        {"budget": 64, "method": "\ud800"},
+        {"budget": 64, "method": "tome\x00"},
+        {"budget": torch.tensor(64)},
+        {"budget": object()},
+        {"budget": 10**5000},
+        {"budget": 64, "options": {"coefficient": 10**5000}},
+    ],
+    ids=lambda sent: str(list(sent))[:40].encode("ascii", "replace").decode(),
+)
+def test_junk_is_a_settings_error(sent: dict) -> None:
+    """Nothing that a client sends gets past as another exception."""
+    with pytest.raises(SettingsError):
+        Reduction.parse(sent)
+
+
+@pytest.mark.parametrize(
+    "depth",
+    [
+        100,
+        5000,
+    ],
+)
+def test_deep_junk_is_a_settings_error(depth: int) -> None:
+    """However deep it is nested."""
+    junk: object = 1
+    for _ in range(depth):
+        junk = {"a": junk}
+    with pytest.raises(SettingsError):
+        Reduction.parse({"budget": 64, "options": {"lambda": junk}})
+
+
+def test_long_values_are_cut() -> None:
+    """A message shows no more than 100 characters of the value."""
+    with pytest.raises(SettingsError) as wrong:
+        Reduction.parse({"budget": 64, "method": "x" * 10_000})
+    assert len(str(wrong.value)) < 300
+    assert "x" * 90 in str(wrong.value)
+    assert "..." in str(wrong.value)
+
+
+def test_a_settings_error_is_a_value_error() -> None:
+    """So that callers who know nothing of it answer with "bad request"."""
+    assert issubclass(SettingsError, ValueError)
+
+
+def test_a_settings_error_crosses_processes() -> None:
+    """It can be pickled, as an exception of a worker is."""
+    error = SettingsError("reduction.budget", 0, "more")
+    back = pickle.loads(pickle.dumps(error))
+    assert str(back) == str(error)
+    assert (back.field, back.value, back.allowed) == (error.field, error.value, error.allowed)
+
+
+def test_settings_cannot_be_changed() -> None:
+    """They are keys of caches."""
+    reduction = Reduction.of_budget(64)
+    with pytest.raises(ValueError, match="frozen"):
+        reduction.budget = 65
+
+
+# --- Per image ----------------------------------------------------------------------------------
+
+
+def test_one_setting_for_all_images() -> None:
+    """A number or an object holds for every image; nothing means no reduction."""
+    assert per_image({}, 2) == [None, None]
+    assert per_image({"visual_token_budget": None, "reduction": None}, 2) == [None, None]
+    assert per_image({"visual_token_budget": 64}, 2) == [Reduction.of_budget(64)] * 2
+    tome = {"method": "tome", "budget": 9}
+    assert per_image({"reduction": tome}, 3) == [Reduction.parse(tome)] * 3
+    assert per_image({"visual_token_budget": 64, "reduction": None}, 1) == [Reduction.of_budget(64)]
+    assert per_image({"visual_token_budget": 64}, 0) == []
+    assert per_image({"num_crops": 4, "visual_token_budget": 64}, 1) == [Reduction.of_budget(64)]
+
+
+def test_a_setting_for_every_image() -> None:
+    """A list has one entry an image, null for one that keeps its tokens."""
+    got = per_image({"visual_token_budget": [64, None, 1]}, 3)
+    assert got == [Reduction.of_budget(64), None, Reduction.of_budget(1)]
+    tome = {"method": "tome", "budget": 9}
+    assert per_image({"reduction": (None, tome)}, 2) == [None, Reduction.parse(tome)]
+    assert per_image({"visual_token_budget": []}, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "images", "field", "allowed"),
+    [
+        (
+            {"visual_token_budget": 64, "reduction": {"budget": 64}},
+            1,
+            "visual_token_budget",
+            "left out",
+        ),
+        ({"visual_token_budget": [64], "reduction": [None]}, 1, "visual_token_budget", "left out"),
+        ({"visual_token_budget": [64]}, 2, "visual_token_budget", "one entry per image (2)"),
+        ({"visual_token_budget": [64, 64]}, 1, "visual_token_budget", "one entry per image (1)"),
+        ({"visual_token_budget": []}, 1, "visual_token_budget", "one entry per image (1)"),
+        ({"reduction": [None, None]}, 1, "reduction", "one entry per image (1)"),
+        ({"visual_token_budget": [64, 0]}, 2, "visual_token_budget[1]", "whole number"),
+        ({"visual_token_budget": [True]}, 1, "visual_token_budget[0]", "whole number"),
+        ({"visual_token_budget": [[64]]}, 1, "visual_token_budget[0]", "whole number"),
+        ({"visual_token_budget": "64"}, 2, "visual_token_budget", "whole number"),
+        ({"visual_token_budget": b"64"}, 2, "visual_token_budget", "whole number"),
+        ({"visual_token_budget": {"0": 64}}, 1, "visual_token_budget", "whole number"),
+        ({"visual_token_budget": 0}, 0, "visual_token_budget", "whole number"),
+        ({"visual_token_budget": False}, 1, "visual_token_budget", "whole number"),
+        ({"reduction": "tome"}, 1, "reduction", "an object"),
+        ({"reduction": 64}, 1, "reduction", "an object"),
+        ({"reduction": [{"budget": 1}, 64]}, 2, "reduction[1]", "an object"),
+        ({"reduction": [None, {"method": "x", "budget": 1}]}, 2, "reduction[1].method", "one of"),
+        (
+            {"reduction": [{"budget": 1, "options": {"lambda": 2}}]},
+            1,
+            "reduction[0].options.lambda",
+            "equal to 1",
+        ),
+        ({"reduction": {}}, 1, "reduction.budget", "whole number"),
+    ],
+    ids=repr,
+)
+def test_bad_settings_of_images(kwargs: dict, images: int, field: str, allowed: str) -> None:
+    """The message says which image's entry is wrong, or which list or key."""
+    with pytest.raises(SettingsError) as wrong:
+        per_image(kwargs, images)
+    assert wrong.value.field == field
+    assert allowed in wrong.value.allowed
+    assert str(wrong.value).startswith(f"{field} = ")
