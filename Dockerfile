@@ -5,7 +5,7 @@
 
 FROM python:3.11-slim AS build
 WORKDIR /src
-COPY pyproject.toml LICENSE ./
+COPY pyproject.toml LICENSE README.md ./
 COPY vllm_ficoco vllm_ficoco
 COPY server server
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .

@@ -118,7 +118,8 @@ def siglip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_llava(tmp_path_factory.mktemp("siglip"), "siglip")
 
 
-def _engine(model: Path, **options: Any) -> Iterator[Engine]:
+def make_engine(model: Path, **options: Any) -> Iterator[Engine]:
+    """An engine for the time of a fixture."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler must be in reach
     engine = Engine(model, **options)
     yield engine
@@ -132,13 +133,13 @@ def _engine(model: Path, **options: Any) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def engine(clip_checkpoint: Path) -> Iterator[Engine]:
     """Room for everything; prefix caching on."""
-    yield from _engine(clip_checkpoint)
+    yield from make_engine(clip_checkpoint)
 
 
 @pytest.fixture(scope="module")
 def tight_engine(clip_checkpoint: Path) -> Iterator[Engine]:
     """A KV pool for a few requests and steps smaller than a prompt: preemption and chunks."""
-    yield from _engine(
+    yield from make_engine(
         clip_checkpoint,
         max_model_len=640,
         num_gpu_blocks_override=24,
@@ -151,4 +152,4 @@ def tight_engine(clip_checkpoint: Path) -> Iterator[Engine]:
 def two_rank_engine(siglip_checkpoint: Path) -> Iterator[Engine]:
     """A SigLIP tower whose heads are split over two ranks."""
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # one NUMA node serves both ranks
-    yield from _engine(siglip_checkpoint, tensor_parallel_size=2)
+    yield from make_engine(siglip_checkpoint, tensor_parallel_size=2)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the plugin costs: against vLLM without it, and against the vision tower.
+
+    python benchmarks/overhead.py off     # reduction off: requests through stock vLLM and ours
+    python benchmarks/overhead.py tower   # the tower with each method, beside vLLM's own
+
+``off`` takes the shipped model, whose forward passes are short, so that what the plugin adds per
+request shows most. ``tower`` takes LLaVA-1.5's: CLIP-L at 336 px, 576 tokens, 23 layers, random
+weights. What is compared runs interleaved in one run; medians of the rounds and their spread are
+printed, and ratios are what to quote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import vllm_ficoco
+
+SHIPPED = Path(vllm_ficoco.__file__).parent / "tiny_llava"
+BUDGETS = (192, 64)
+REQUESTS = 32
+
+
+def checkpoint(folder: Path) -> Path:
+    """A LLaVA-1.5 configuration with a small decoder; weights are left to vLLM's dummy loader."""
+    config = json.loads((SHIPPED / "config.json").read_text())
+    config["image_seq_length"] = 576
+    config["vision_config"].update(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        projection_dim=768,
+    )
+    config["text_config"].update(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = (SHIPPED / "processor_config.json").read_text().replace("168", "336")
+    (folder / "processor_config.json").write_text(processor)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SHIPPED / name, folder)
+    return folder
+
+
+def engine(model: Path, **options: Any) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        model=str(model),
+        enforce_eager=True,
+        max_model_len=1024,
+        limit_mm_per_prompt={"image": 1},
+        enable_prefix_caching=False,
+        **options,
+    )
+
+
+def images(seed: int, count: int) -> list[Any]:
+    """Unique images, so that no cache hides the prefill."""
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(seed)
+    return [
+        Image.fromarray(generator.integers(0, 255, (168, 168, 3), dtype=np.uint8))
+        for _ in range(count)
+    ]
+
+
+def child() -> None:
+    """An engine that serves a batch of requests for every seed it reads."""
+    from vllm import SamplingParams
+
+    llm = engine(SHIPPED, dtype="float32", max_num_seqs=REQUESTS)
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        prompts = [
+            {
+                "prompt": "USER: <image> what is there ? ASSISTANT:",
+                "multi_modal_data": {"image": image},
+            }
+            for image in images(int(line), REQUESTS)
+        ]
+        start = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        print(f"seconds {time.perf_counter() - start}", flush=True)
+
+
+def off(rounds: int) -> None:
+    """Requests with one image each, through vLLM without and with the plugin, in turn."""
+
+    def start(plugins: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, __file__, "child"],
+            env={**os.environ, "VLLM_PLUGINS": plugins},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def answer(process: subprocess.Popen[str], word: str) -> str:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word).strip()
+        raise SystemExit("the engine ended")
+
+    def batch(process: subprocess.Popen[str], seed: int) -> float:
+        assert process.stdin is not None
+        process.stdin.write(f"{seed}\n")
+        process.stdin.flush()
+        return float(answer(process, "seconds"))
+
+    stock, ours = start(""), start("vllm_ficoco")
+    answer(stock, "ready"), answer(ours, "ready")
+    times: list[tuple[float, float]] = []
+    for i in range(rounds + 2):
+        pair = (stock, ours) if i % 2 else (ours, stock)  # who goes first alternates
+        taken = {process: batch(process, i) for process in pair}
+        times.append((taken[stock], taken[ours]))
+    stock.kill(), ours.kill()
+    times = times[2:]  # warm-up
+    ratios = sorted(b / a for a, b in times)
+    print(f"\n| | seconds for {REQUESTS} requests | ratio to stock |\n| --- | --- | --- |")
+    print(f"| stock vLLM | {statistics.median(a for a, _ in times):.3f} | 1 |")
+    print(
+        f"| vllm-ficoco, reduction off | {statistics.median(b for _, b in times):.3f} | "
+        f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) |"
+    )
+
+
+def tower(folder: Path, rounds: int, batch: int, dtype: str) -> None:
+    """vLLM's tower, ours with each method and budget, and what of it the reduction takes."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import torch
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+    from vllm_ficoco.methods import METHODS
+    from vllm_ficoco.models.llava import PACKED_FIELD
+    from vllm_ficoco.settings import Reduction, pack
+
+    options: dict[str, Any] = {"load_format": "dummy", "max_num_batched_tokens": 576 * batch + 64}
+    llm = engine(folder, dtype=dtype, max_num_seqs=8, **options)
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    model = worker.model_runner.model
+    device = next(model.parameters()).device
+    spent = 0.0
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @contextmanager
+    def timer(_: str) -> Iterator[None]:
+        nonlocal spent
+        wait()
+        start = time.perf_counter()
+        yield
+        wait()
+        spent += time.perf_counter() - start
+
+    model.reducing_tower.timer = timer
+    pixels = torch.randn(batch, 3, 336, 336, device=device).to(getattr(torch, dtype))
+    settings = [
+        Reduction(method=name, budget=budget)
+        for name in METHODS
+        if name != "none"
+        for budget in BUDGETS
+    ]
+
+    def run(reduction: Reduction | None) -> tuple[float, float]:
+        nonlocal spent
+        spent = 0.0
+        wait()
+        start = time.perf_counter()
+        with torch.inference_mode():
+            if reduction is None:
+                LlavaForConditionalGeneration.embed_multimodal(model, pixel_values=pixels)
+            else:
+                packed = [pack(reduction)] * batch
+                model.embed_multimodal(pixel_values=pixels, **{PACKED_FIELD: packed})
+        wait()
+        return time.perf_counter() - start, spent
+
+    kinds: list[Reduction | None] = [None, *settings]
+    times: dict[int, list[tuple[float, float]]] = {i: [] for i in range(len(kinds))}
+    for round_ in range(rounds + 1):
+        for i, reduction in enumerate(kinds):
+            taken = run(reduction)
+            if round_:
+                times[i].append(taken)
+    stock = statistics.median(t for t, _ in times[0])
+    print(f"\nbatch {batch}: vLLM's tower and projector {stock * 1000:.0f} ms\n")
+    print("| method | budget | tower with reduction / vLLM's | reduction alone / vLLM's |")
+    print("| --- | --- | --- | --- |")
+    for i, reduction in enumerate(kinds):
+        if reduction is not None:
+            whole = sorted(t / stock for t, _ in times[i])
+            alone = statistics.median(s for _, s in times[i]) / stock
+            print(
+                f"| {reduction.method} | {reduction.budget} | {statistics.median(whole):.3f} "
+                f"({whole[0]:.3f} to {whole[-1]:.3f}) | {alone:.4f} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["off", "tower", "child"])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16", help="of the tower (CPUs may lack bf16)")
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if args.what == "child":
+        child()
+    elif args.what == "off":
+        off(args.rounds)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tower(checkpoint(Path(folder)), args.rounds, args.batch, args.dtype)
+
+
+if __name__ == "__main__":
+    main()

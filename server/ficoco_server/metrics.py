@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our series in vLLM's own /metrics, and the observation of one request that feeds them.
+
+They live in prometheus_client's default registry, as vLLM's do, so they are on the same page with
+one process and with several. No label value comes from a client: methods are of the registry and
+budgets fall into few buckets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from typing import Any, Literal, TypeVar
+
+from prometheus_client import REGISTRY, Counter, Histogram
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.v1.metrics.buckets import histogram_buckets
+
+from vllm_ficoco.settings import NO_REDUCTION, Reduction
+
+Outcome = Literal["success", "error", "refused", "cancelled"]
+T = TypeVar("T")
+
+BUDGET_BUCKETS = (32, 64, 128, 192, 256, 576)
+FULL, TEXT, MIXED, INVALID = "full", "text", "mixed", "invalid"
+"""Label values for unreduced images, no images, several different settings, refused settings."""
+
+
+def _once(kind: type[T], name: str, text: str, labels: Sequence[str], **how: Any) -> T:
+    """A collector, or the one of this name that a first import of this module has made."""
+    known: Any = getattr(REGISTRY, "_names_to_collectors", {}).get(name)
+    return known or kind(name, text, labels, **how)  # type: ignore[call-arg]
+
+
+VISUAL_TOKENS = _once(
+    Counter,
+    "vllm_ficoco_visual_tokens_total",
+    "Visual tokens of images that were prefilled: before the reduction and kept after it.",
+    ["stage", "method"],
+)
+BYTES_SAVED = _once(
+    Counter,
+    "vllm_ficoco_kv_cache_bytes_saved_total",
+    "Bytes of KV cache that dropped visual tokens would have held.",
+    ["method"],
+)
+REQUESTS = _once(
+    Counter,
+    "vllm_ficoco_requests_total",
+    "Requests to chat completions and responses by how they ended.",
+    ["method", "outcome"],
+)
+TIME_TO_FIRST_TOKEN = _once(
+    Histogram,
+    "vllm_ficoco_time_to_first_token_seconds",
+    "Seconds from a request's arrival to its first token.",
+    ["method", "budget"],
+    buckets=histogram_buckets("time_to_first_token"),
+)
+INTER_TOKEN_LATENCY = _once(
+    Histogram,
+    "vllm_ficoco_inter_token_latency_seconds",
+    "Seconds between tokens; of a request without streaming, their mean.",
+    ["method", "budget"],
+    buckets=histogram_buckets("inter_token_latency"),
+)
+E2E_LATENCY = _once(
+    Histogram,
+    "vllm_ficoco_e2e_request_latency_seconds",
+    "Seconds from the arrival of a successful request to its end.",
+    ["method", "budget"],
+    buckets=histogram_buckets("request_latency"),
+)
+
+
+def budget_bucket(reduction: Reduction | None) -> str:
+    """The label of an image's budget."""
+    if reduction is None:
+        return FULL
+    for edge in BUDGET_BUCKETS:
+        if reduction.budget <= edge:
+            return f"<={edge}"
+    return f">{BUDGET_BUCKETS[-1]}"
+
+
+class Observation:
+    """One request from its arrival to its end, which is counted exactly once."""
+
+    def __init__(self) -> None:
+        self.arrival = time.perf_counter()
+        self.method, self.budget = NO_REDUCTION, TEXT
+        self.cancelled = self.failed = False
+        self._images: list[tuple[str, int, int, int]] = []
+        self._started = self._ended = False
+        self._last: dict[int, float] = {}
+
+    def describe(
+        self, settings: Sequence[Reduction | None], report: Sequence[dict[str, Any]], kv_bytes: int
+    ) -> None:
+        """Say what the request's images are, once that is settled."""
+        self._images = [
+            (r["method"], r["visual_tokens_before"], r["visual_tokens_kept"], kv_bytes)
+            for r in report
+        ]
+        methods = {method for method, *_ in self._images}
+        budgets = {budget_bucket(s) for s in settings}
+        if methods:
+            self.method = methods.pop() if len(methods) == 1 else MIXED
+            self.budget = budgets.pop() if len(budgets) == 1 else MIXED
+
+    def finish(self, outcome: Outcome) -> None:
+        """The end of the request; only the first one counts."""
+        if self._ended:
+            return
+        self._ended = True
+        REQUESTS.labels(self.method, outcome).inc()
+        if outcome == "success":
+            taken = time.perf_counter() - self.arrival
+            E2E_LATENCY.labels(self.method, self.budget).observe(taken)
+
+    async def watch(self, work: Awaitable[T]) -> T:
+        """Await a step that may refuse the request or fail."""
+        try:
+            answer = await work
+        except asyncio.CancelledError:
+            self.finish("cancelled")
+            raise
+        except Exception as error:
+            self.finish(_outcome(create_error_response(error)))
+            raise
+        if isinstance(answer, ErrorResponse):
+            self.finish("cancelled" if self.cancelled else _outcome(answer))
+        return answer
+
+    async def results(
+        self, generator: AsyncIterator[T], streaming: bool
+    ) -> AsyncGenerator[T, None]:
+        """The engine's results as they are, timed on their way."""
+        stats = None
+        try:
+            async for result in generator:
+                stats = getattr(result, "request_metrics", getattr(result, "metrics", None))
+                self._start()
+                if streaming:
+                    self._tick(result)
+                yield result
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled = True
+            raise
+        except Exception:
+            self.failed = True
+            raise
+        finally:
+            # The engine frees a request when its generator closes: now, not at some collection.
+            close = getattr(generator, "aclose", None)
+            if close is not None:
+                await close()
+        if not streaming and stats is not None:
+            self._read(stats)
+
+    def _start(self) -> None:
+        """The prompt is in the KV cache: its tokens count."""
+        if self._started:
+            return
+        self._started = True
+        for method, before, kept, kv_bytes in self._images:
+            VISUAL_TOKENS.labels("input", method).inc(before)
+            VISUAL_TOKENS.labels("kept", method).inc(kept)
+            BYTES_SAVED.labels(method).inc((before - kept) * kv_bytes)
+
+    def _tick(self, result: Any) -> None:
+        """A result with new tokens has come."""
+        now = time.perf_counter()
+        outputs = getattr(result, "outputs", None)
+        # A context of the responses API has no outputs, and one sequence.
+        news = [0] if outputs is None else [o.index for o in outputs if len(o.token_ids)]
+        for index in news:
+            if index in self._last:
+                gap = now - self._last[index]
+                INTER_TOKEN_LATENCY.labels(self.method, self.budget).observe(gap)
+            elif not self._last:
+                TIME_TO_FIRST_TOKEN.labels(self.method, self.budget).observe(now - self.arrival)
+            self._last[index] = now
+
+    def _read(self, stats: Any) -> None:
+        """All tokens came at once; when they were made, the engine has noted."""
+        if stats.first_token_latency > 0:
+            TIME_TO_FIRST_TOKEN.labels(self.method, self.budget).observe(stats.first_token_latency)
+        gaps = stats.num_generation_tokens - 1
+        if gaps > 0:
+            mean = (stats.last_token_ts - stats.first_token_ts) / gaps
+            INTER_TOKEN_LATENCY.labels(self.method, self.budget).observe(mean)
+
+
+def _outcome(response: Any) -> Outcome:
+    return "refused" if response.error.code < 500 else "error"

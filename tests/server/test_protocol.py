@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings out of bodies, the report into answers, the observation. No server, no engine."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+from vllm.exceptions import VLLMValidationError
+
+from ficoco_server import cli, metrics
+from ficoco_server.api_router import Guard
+from ficoco_server.metrics import INVALID, REQUESTS, Observation, budget_bucket
+from ficoco_server.policy import Policy
+from ficoco_server.protocol import ChatRequest, ResponseRequest, mentioned, take
+from ficoco_server.reducer import Reducer
+from ficoco_server.serving import _with_report
+from vllm_ficoco.cost import Decoder
+from vllm_ficoco.settings import Reduction
+from vllm_ficoco.vision.geometry import Geometry
+
+URL = "data:image/png;base64,AAAA"
+
+
+def body(*parts: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": [{"role": "user", "content": list(parts)}], **fields}
+
+
+def image(**said: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": URL, **said}}
+
+
+TEXT = {"type": "text", "text": "what is it ?"}
+
+
+# --- Settings out of bodies -----------------------------------------------------------------
+
+
+def test_settings_of_images_in_order() -> None:
+    given = body(image(detail="low"), TEXT, image(visual_token_budget=9), image())
+    given["messages"].append({"role": "user", "content": [image(reduction={"budget": 3})]})
+    untouched = deepcopy(given)
+    request = ChatRequest.model_validate(given)
+    assert given == untouched
+    assert [(level.path, level.said) for level in request._asked.images] == [
+        ("messages[0].content[0].image_url", {"detail": "low"}),
+        ("messages[0].content[2].image_url", {"visual_token_budget": 9}),
+        ("messages[0].content[3].image_url", {}),
+        ("messages[1].content[0].image_url", {"reduction": {"budget": 3}}),
+    ]
+    assert request._asked.misplaced is None
+
+
+def test_vllm_does_not_see_them() -> None:
+    taken, _ = take(body(image(detail="low", visual_token_budget=9), TEXT), "messages")
+    assert taken["messages"][0]["content"] == [image(), TEXT]
+
+
+@pytest.mark.parametrize(
+    ("part", "images", "embeds"),
+    [
+        (image(), 1, False),
+        ({"type": "input_image", "image_url": URL}, 1, False),
+        ({"image_url": URL}, 1, False),
+        ({"type": "image_url", "image_url": None, "uuid": "a"}, 1, False),
+        ({"type": "image_embeds", "image_embeds": "AAAA"}, 1, True),
+        ({"image_embeds": None, "uuid": "a"}, 1, True),
+        (TEXT, 0, False),
+        ({"type": "video_url", "video_url": {"url": URL}}, 0, False),
+        ("text", 0, False),
+        (None, 0, False),
+    ],
+)
+def test_what_is_an_image(part: Any, images: int, embeds: bool) -> None:
+    asked = take(body(part), "messages")[1]
+    assert [level.embeds for level in asked.images] == [embeds] * images
+
+
+@pytest.mark.parametrize("messages", [None, "hello", [], [None], [[]], [{"content": 3}], {"a": 1}])
+def test_odd_messages_are_left_to_vllm(messages: Any) -> None:
+    taken, asked = take({"messages": messages}, "messages")
+    assert taken == {"messages": messages} and asked.images == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        (body({**TEXT, "visual_token_budget": 9}), "messages[0].content[0]"),
+        (
+            body({"type": "video_url", "video_url": {"url": URL, "reduction": {}}}),
+            "messages[0].content[0].video_url",
+        ),
+        ({"messages": [{"role": "user", "content": "a", "reduction": 1}]}, "messages[0]"),
+    ],
+)
+def test_settings_in_the_wrong_place_are_noticed(given: dict[str, Any], where: str) -> None:
+    misplaced = take(given, "messages")[1].misplaced
+    assert misplaced is not None and misplaced.path == where
+
+
+def test_settings_of_a_responses_request() -> None:
+    parts = [
+        {"type": "input_image", "image_url": URL, "detail": "low"},
+        {"type": "input_text", "text": "what is it ?"},
+        {"type": "input_image", "image_url": URL, "visual_token_budget": 9},
+    ]
+    request = ResponseRequest.model_validate(
+        {"input": [{"role": "user", "content": parts}], "visual_token_budget": 5}
+    )
+    assert request.level.said == {"visual_token_budget": 5}
+    assert [(level.path, level.said) for level in request._asked.images] == [
+        ("input[0].content[0]", {"detail": "low"}),
+        ("input[0].content[2]", {"visual_token_budget": 9}),
+    ]
+    assert ResponseRequest.model_validate({"input": "hello"})._asked.images == ()
+
+
+def test_values_arrive_as_they_were_sent() -> None:
+    for value in ("64", 64.0, True, [64], 10**30):
+        request = ChatRequest.model_validate(body(TEXT, visual_token_budget=value))
+        assert request.level.said == {"visual_token_budget": value}
+        assert type(request.level.said["visual_token_budget"]) is type(value)
+    assert ChatRequest.model_validate(body(TEXT, reduction=None)).level.said == {}
+
+
+def test_a_copy_keeps_the_settings() -> None:
+    request = ResponseRequest.model_validate({"input": "hello", "visual_token_budget": 5})
+    assert request.model_copy(update={"input": []})._asked is request._asked
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ({"visual_token_budget": 9}, ""),
+        ({"reduction": {}}, ""),
+        (body(image(visual_token_budget=9)), "messages[0].content[0].image_url"),
+        (
+            {"messages": [body(image(reduction=1))["messages"]]},
+            "messages[0][0].content[0].image_url",
+        ),
+        (
+            {"input": [{"content": [{"type": "input_image", "reduction": 1}]}]},
+            "input[0].content[0]",
+        ),
+    ],
+)
+def test_mentioned(given: dict[str, Any], where: str) -> None:
+    level = mentioned(given)
+    assert level is not None and level.path == where
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[], "reduction", {"prompt": "reduction"}, {"reduction": None}, body(image(detail="low"))],
+)
+def test_not_mentioned(given: Any) -> None:
+    assert mentioned(given) is None
+
+
+# --- The guard ------------------------------------------------------------------------------
+
+
+async def _through_guard(payload: bytes, path: str = "/v1/messages") -> tuple[list[Any], bytes]:
+    """What the guard sent, and the body that the application behind it received."""
+    received, sent = [], []
+    halves = [payload[: len(payload) // 2], payload[len(payload) // 2 :]]
+    messages = [{"type": "http.request", "body": half, "more_body": i == 0}
+                for i, half in enumerate(halves)]  # fmt: skip
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        more = True
+        while more:
+            message = await receive()
+            received.append(message["body"])
+            more = message.get("more_body", False)
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+    await Guard(app, frozenset({"/v1/messages"}))(scope, receive, send)
+    return sent, b"".join(received)
+
+
+async def test_the_guard_lets_others_pass_unchanged() -> None:
+    for payload in (b'{"prompt": "about reduction"}', b"not json, visual_token_budget", b"{}"):
+        assert await _through_guard(payload) == ([], payload)
+    mine = b'{"visual_token_budget": 64}'
+    assert await _through_guard(mine, "/v1/chat/completions") == ([], mine)
+
+
+async def test_the_guard_refuses() -> None:
+    before = REQUESTS.labels(INVALID, "refused")._value.get()
+    sent, received = await _through_guard(b'{"visual_token_budget": 64}')
+    assert sent[0]["status"] == 400 and received == b""
+    error = json.loads(sent[1]["body"])["error"]
+    assert error["param"] == "visual_token_budget" and "/v1/messages" in error["message"]
+    assert REQUESTS.labels(INVALID, "refused")._value.get() == before + 1
+
+
+# --- The report -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reducer() -> Reducer:
+    made = Reducer.__new__(Reducer)
+    made.policy, made.geometry = Policy(), Geometry((12, 12), 9, True)
+    made.decoder = Decoder(6, 256, 640, 4, 4, 64, 2)
+    return made
+
+
+def engine_input(*lengths: int, text: int = 10) -> dict[str, Any]:
+    return {
+        "prompt_token_ids": [0] * (text + sum(lengths)),
+        "mm_placeholders": {"image": [SimpleNamespace(length=length) for length in lengths]},
+    }
+
+
+def test_report_of_two_images(reducer: Reducer) -> None:
+    settings = [Reduction(budget=64), None]
+    report = reducer.report(settings, [False, False], engine_input(64, 144))
+    assert report is not None
+    assert report["method"] == "mixed" and report["budget"] is None
+    assert (report["visual_tokens_before"], report["visual_tokens_kept"]) == (288, 208)
+    assert report["kv_cache_bytes_held"] == 208 * 6144
+    assert report["kv_cache_bytes_saved"] == 80 * 6144
+    assert 0.5 < report["estimated_prefill_flops_ratio"] < 1
+    assert [i["visual_tokens_kept"] for i in report["images"]] == [64, 144]
+    assert [i["method"] for i in report["images"]] == ["ficoco-v", "none"]
+
+
+def test_no_report_without_images(reducer: Reducer) -> None:
+    assert reducer.report([], [], {"prompt_token_ids": [1]}) is None
+
+
+@pytest.mark.parametrize("lengths", [(63,), (144,), (64, 64), ()])
+def test_a_report_is_true_or_there_is_none(reducer: Reducer, lengths: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match="visual tokens were due"):
+        reducer.report([Reduction(budget=64)], [False], engine_input(*lengths))
+
+
+def test_settings_hidden_in_mm_processor_kwargs(reducer: Reducer) -> None:
+    request = ChatRequest.model_validate(
+        body(image(), mm_processor_kwargs={"visual_token_budget": 9})
+    )
+    with pytest.raises(VLLMValidationError, match="own field visual_token_budget"):
+        reducer.settle(request, [])
+
+
+def test_images_of_earlier_turns_follow_the_request(reducer: Reducer) -> None:
+    request = ResponseRequest.model_validate(
+        {
+            "input": [{"role": "user", "content": [{"type": "input_image", "image_url": URL,
+                                                    "visual_token_budget": 9}]}],
+            "visual_token_budget": 64,
+        }
+    )  # fmt: skip
+    turns = [*body(image())["messages"], *body(image())["messages"]]
+    assert reducer.settle(request, turns) == [Reduction(budget=64), Reduction(budget=9)]
+
+
+def chunk(finish: str | None = None, text: str = "", usage: bool = False) -> str:
+    data: dict[str, Any] = {"choices": [{"delta": {"content": text}, "finish_reason": finish}]}
+    if usage:
+        data = {"choices": [], "usage": {"prompt_tokens": 3}}
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+async def _stream(*chunks: str, n: int = 1, report: bool = True) -> tuple[list[str], Any]:
+    async def source() -> AsyncIterator[str]:
+        for one in chunks:
+            yield one
+
+    held = {"visual_tokens_kept": 64} if report else None
+    request: Any = SimpleNamespace(_seen=Observation(), _report=held, n=n)
+    return [one async for one in _with_report(request, source())], request._seen
+
+
+DONE = "data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "n"),
+    [
+        ([chunk(text="a"), chunk("stop")], 1),
+        ([chunk(text='"finish_reason":"stop" "choices":[]'), chunk("length")], 1),
+        ([chunk("stop"), chunk(text="b"), chunk("stop")], 2),
+        ([chunk("stop"), chunk(usage=True)], 1),
+    ],
+)
+async def test_the_last_chunk_bears_the_report(chunks: list[str], n: int) -> None:
+    got, _ = await _stream(*chunks, DONE, n=n)
+    assert got[:-2] == chunks[:-1] and got[-1] == DONE
+    last = json.loads(got[-2].removeprefix("data: "))
+    assert last.pop("reduction") == {"visual_tokens_kept": 64}
+    if "usage" in last:
+        assert last["usage"].pop("prompt_tokens_details") == {
+            "multimodal_tokens": {"image": 64},
+            "image_tokens": 64,
+        }
+    assert last == json.loads(chunks[-1].removeprefix("data: "))
+
+
+async def test_no_token_waits_for_the_next() -> None:
+    async def source() -> AsyncIterator[str]:
+        yield chunk(text='an odd "finish_reason":"stop"')
+        await asyncio.Event().wait()
+
+    request: Any = SimpleNamespace(_seen=Observation(), _report={"a": 1}, n=1)
+    stream = _with_report(request, source())
+    await asyncio.wait_for(anext(stream), 1)
+    await stream.aclose()
+    assert request._seen._ended
+
+
+async def test_streams_without_report_or_with_an_error() -> None:
+    chunks = [chunk(text="a"), chunk("stop"), DONE]
+    assert (await _stream(*chunks, report=False))[0] == chunks
+    failed = [chunk("stop"), 'data: {"error":{"message":"x"}}\n\n', DONE]
+    before = REQUESTS.labels("none", "error")._value.get()
+    assert (await _stream(*failed))[0] == failed
+    assert REQUESTS.labels("none", "error")._value.get() == before + 1
+
+
+# --- The observation ------------------------------------------------------------------------
+
+
+def test_budget_buckets_are_few() -> None:
+    labels = {budget_bucket(Reduction(budget=b)) for b in range(1, 3000)}
+    assert labels == {"<=32", "<=64", "<=128", "<=192", "<=256", "<=576", ">576"}
+    assert budget_bucket(None) == "full"
+
+
+def test_only_the_first_end_counts() -> None:
+    success, cancelled = (REQUESTS.labels("none", o) for o in ("success", "cancelled"))
+    before = success._value.get(), cancelled._value.get()
+    seen = Observation()
+    seen.finish("success")
+    seen.finish("cancelled")
+    assert (success._value.get(), cancelled._value.get()) == (before[0] + 1, before[1])
+
+
+async def test_results_are_closed_with_their_reader() -> None:
+    closed = False
+
+    async def engine() -> AsyncIterator[Any]:
+        nonlocal closed
+        try:
+            while True:
+                yield SimpleNamespace(metrics=None, outputs=[])
+        finally:
+            closed = True
+
+    seen = Observation()
+    results = seen.results(engine(), streaming=True)
+    await anext(results)
+    await results.aclose()
+    assert closed and seen.cancelled
+
+
+async def test_failures_are_told_apart() -> None:
+    async def fail(error: Exception) -> None:
+        raise error
+
+    for error, outcome in (
+        (VLLMValidationError("no"), "refused"),
+        (ValueError("no"), "refused"),
+        (RuntimeError("no"), "error"),
+    ):
+        counter = REQUESTS.labels("none", outcome)
+        before = counter._value.get()
+        with pytest.raises(type(error)):
+            await Observation().watch(fail(error))
+        assert counter._value.get() == before + 1
+
+
+def test_collectors_are_made_once() -> None:
+    again = metrics._once(metrics.Counter, "vllm_ficoco_requests_total", "", ["method", "outcome"])
+    assert again is REQUESTS
+    assert "vllm_ficoco_requests_total" in REGISTRY._names_to_collectors
+
+
+# --- The command ----------------------------------------------------------------------------
+
+
+def test_our_plugins_join_an_allow_list() -> None:
+    assert cli._plugins("other") == ["other", "vllm_ficoco", "ficoco_server"]
+    assert cli._plugins("ficoco_server,other") == ["ficoco_server", "other", "vllm_ficoco"]
+    assert cli._plugins("") == ["vllm_ficoco", "ficoco_server"]
+
+
+def test_all_installed_plugins_stay_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {
+        "vllm.general_plugins": ["vllm_ficoco", "general"],
+        "vllm.stat_logger_plugins": ["stats"],
+        "vllm.endpoint_plugins": ["ficoco_server", "opt-in"],
+        "console_scripts": ["script"],
+    }
+    entries = SimpleNamespace(
+        groups=set(installed),
+        select=lambda group: [SimpleNamespace(name=name) for name in installed[group]],
+    )
+    monkeypatch.setattr(cli, "entry_points", lambda: entries)
+    assert cli._plugins(None) == ["vllm_ficoco", "general", "stats", "ficoco_server"]
+
+
+def test_environment_of_the_command(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(given), "HF_HUB_OFFLINE": "0"}
+    cli.prepare(environment, ["tiny-llava"])
+    assert environment["PROMETHEUS_MULTIPROC_DIR"] == str(given) and given.is_dir()
+    assert environment["HF_HUB_OFFLINE"] == "0"
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    environment = {}
+    cli.prepare(environment, ["llava-hf/llava-1.5-7b-hf"])
+    assert environment["PROMETHEUS_MULTIPROC_DIR"]
+    assert "HF_HUB_OFFLINE" not in environment and "VLLM_CPU_KVCACHE_SPACE" not in environment
+
+
+def test_the_shipped_model_by_name() -> None:
+    args = SimpleNamespace(model_tag="tiny-llava", model="default", served_model_name=None)
+    cli._resolve_tiny(args)
+    assert args.model == args.model_tag and args.model.endswith("/vllm_ficoco/tiny_llava")
+    assert args.served_model_name == ["tiny-llava"]
+    args = SimpleNamespace(model_tag="other", model="default", served_model_name=None)
+    cli._resolve_tiny(args)
+    assert (args.model_tag, args.model, args.served_model_name) == ("other", "default", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["--help"], "--reduction-default-budget"),
+        (["--version"], "vllm-ficoco "),
+    ],
+)
+def test_help_and_version(
+    arguments: list[str], fragment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(arguments)
+    assert fragment in capsys.readouterr().out
+
+
+def test_a_wrong_policy_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    # All that the command sets, to be restored behind it.
+    for name in ("FICOCO_MIN_BUDGET", "VLLM_PLUGINS", "HF_HUB_OFFLINE", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "tiny-llava", "--reduction-min-budget", "some"])
+    said = capsys.readouterr().err
+    assert "the min budget 'some' (FICOCO_MIN_BUDGET, --reduction-min-budget)" in said
+    with pytest.raises(SystemExit):
+        cli.main(["launch"])
+    assert "unknown command 'launch'" in capsys.readouterr().err
