@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy of every method at every budget, asked of a server or of an engine in this process.
+
+    vllm-ficoco serve tiny-llava &
+    python benchmarks/accuracy.py --base-url http://127.0.0.1:8000/v1
+    python benchmarks/accuracy.py --in-process tiny-llava     # no HTTP, for CI
+
+Questions to generated scenes (:mod:`vllm_ficoco.tiny_llava.scenes`), drawn from a fixed seed,
+greedy answers, exact match; existence tasks also as F1 of "yes", as POPE counts. Every answer is
+written to ``answers.jsonl`` as it comes, so a run that was stopped goes on where it was. At the end
+``results.json``, ``table.md`` and two plots are made from it.
+
+Needs the package's extra ``eval``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from vllm_ficoco.methods import METHODS
+from vllm_ficoco.settings import Reduction
+from vllm_ficoco.tiny_llava import CHECKPOINT
+from vllm_ficoco.tiny_llava.scenes import Question, Scene, SceneMaker
+
+SEED = 20_000
+"""Of the held-out scenes; training draws from smaller seeds."""
+
+
+class Setting(NamedTuple):
+    """One row of the table."""
+
+    method: str
+    budget: int
+    options: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """Key of the row in the results."""
+        extra = json.dumps(self.options, sort_keys=True) if self.options else ""
+        return f"{self.method}@{self.budget}{extra}"
+
+    @property
+    def reduction(self) -> dict[str, Any]:
+        """The request's field."""
+        if self.method == "none":
+            return {"method": "none"}
+        return {"method": self.method, "budget": self.budget, "options": self.options}
+
+
+class Answer(NamedTuple):
+    """What came back."""
+
+    text: str
+    kept: int
+    """Visual tokens that the server says, or the engine's prompt shows, it held."""
+    kv_bytes: int | None = None
+    flops_ratio: float | None = None
+
+
+def held_out(questions: int) -> list[tuple[Scene, Question]]:
+    """The first so many questions to the test scenes, always the same."""
+    maker = SceneMaker(SEED, test=True)
+    asked: list[tuple[Scene, Question]] = []
+    while len(asked) < questions:
+        scene = maker.scene()
+        asked += [(scene, question) for question in maker.questions(scene)]
+    return asked[:questions]
+
+
+# --- Asking -------------------------------------------------------------------------------------
+
+Done = Callable[[int, Answer], None]
+"""Called with the index of a question and its answer."""
+
+
+async def ask_server(
+    base_url: str,
+    model: str,
+    asked: Sequence[tuple[int, Scene, Question]],
+    setting: Setting,
+    concurrency: int,
+    done: Done,
+) -> None:
+    """Put questions to an OpenAI-compatible server, several at a time.
+
+    The client retries what a busy server refuses (429, 503) and what gets lost on the way.
+    """
+    from openai import AsyncOpenAI
+
+    places = asyncio.Semaphore(concurrency)
+    async with AsyncOpenAI(
+        base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=8
+    ) as client:
+
+        async def one(index: int, scene: Scene, question: Question) -> None:
+            png = io.BytesIO()
+            scene.image.save(png, "PNG")
+            url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+            async with places:
+                response = await client.chat.completions.create(
+                    model=model,
+                    messages=[
+                        {
+                            "role": "user",
+                            "content": [
+                                {"type": "image_url", "image_url": {"url": url}},
+                                {"type": "text", "text": question.text},
+                            ],
+                        }
+                    ],
+                    temperature=0,
+                    max_tokens=8,
+                    extra_body={"reduction": setting.reduction},
+                )
+            report = (response.model_extra or {})["reduction"]
+            done(
+                index,
+                Answer(
+                    response.choices[0].message.content or "",
+                    report["visual_tokens_kept"],
+                    report["kv_cache_bytes_held"],
+                    report["estimated_prefill_flops_ratio"],
+                ),
+            )
+
+        await asyncio.gather(*(one(*question) for question in asked))
+
+
+class Engine:
+    """The same questions to an engine in this process."""
+
+    def __init__(self, model: str) -> None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM
+
+        self.llm = LLM(
+            model=str(CHECKPOINT) if model == "tiny-llava" else model,
+            max_model_len=512,
+            dtype="float32",
+            enforce_eager=True,
+            limit_mm_per_prompt={"image": 1},
+        )
+
+    def ask(
+        self, asked: Sequence[tuple[int, Scene, Question]], setting: Setting, done: Done
+    ) -> None:
+        """Put all questions as one batch."""
+        from vllm import SamplingParams
+
+        image_token = self.llm.model_config.hf_config.image_token_index
+        prompts = [
+            {
+                "prompt": f"USER: <image> {question.text} ASSISTANT:",
+                "multi_modal_data": {"image": scene.image},
+                "mm_processor_kwargs": {"reduction": setting.reduction},
+            }
+            for _, scene, question in asked
+        ]
+        outputs = self.llm.generate(
+            prompts, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False
+        )
+        for (index, *_), output in zip(asked, outputs, strict=True):
+            kept = list(output.prompt_token_ids).count(image_token)
+            done(index, Answer(output.outputs[0].text, kept))
+
+
+# --- Summing up ---------------------------------------------------------------------------------
+
+
+def interval(right: int, of: int) -> tuple[float, float]:
+    """95 % Wilson interval of a share."""
+    if not of:
+        return 0.0, 1.0
+    z, share = 1.96, right / of
+    centre = (share + z * z / (2 * of)) / (1 + z * z / of)
+    reach = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of)) / (1 + z * z / of)
+    return centre - reach, centre + reach
+
+
+def f1_of_yes(pairs: Iterable[tuple[str, str]]) -> float:
+    """POPE's F1: "yes" is the positive class.
+
+    Args:
+        pairs: (what was answered, what is right).
+    """
+    both = answered = right = 0
+    for given, truth in pairs:
+        answered += given == "yes"
+        right += truth == "yes"
+        both += given == truth == "yes"
+    return 2 * both / (answered + right) if answered + right else 0.0
+
+
+def summarise(
+    answers: dict[str, dict[int, Answer]], asked: Sequence[tuple[Scene, Question]]
+) -> dict[str, dict[str, Any]]:
+    """Accuracy per task and on average over the tasks, for every setting."""
+    results: dict[str, dict[str, Any]] = {}
+    for name, given in answers.items():
+        by_task: dict[str, list[tuple[str, str]]] = {}
+        for index, answer in given.items():
+            question = asked[index][1]
+            by_task.setdefault(question.task, []).append((answer.text.strip(), question.answer))
+        tasks = {
+            task: sum(a == b for a, b in pairs) / len(pairs) for task, pairs in by_task.items()
+        }
+        average = sum(tasks.values()) / len(tasks)
+        total = len(given)
+        low, high = interval(round(average * total), total)
+        some = next(iter(given.values()))
+        results[name] = {
+            "questions": total,
+            "tasks": tasks,
+            "average": average,
+            "interval": [low, high],
+            "f1": {
+                task: f1_of_yes(pairs)
+                for task, pairs in by_task.items()
+                if task.startswith("existence")
+            },
+            "visual_tokens_kept": sorted({a.kept for a in given.values()}),
+            "kv_cache_bytes": some.kv_bytes,
+            "flops_ratio": some.flops_ratio,
+        }
+    return results
+
+
+def table(results: dict[str, dict[str, Any]], settings: Sequence[Setting]) -> str:
+    """The results as markdown, in the style of the FiCoCo paper's table 3."""
+    rows = [s for s in settings if s.name in results]
+    full = next((results[s.name]["average"] for s in rows if s.method == "none"), None)
+    tasks = list(results[rows[0].name]["tasks"])
+    lines = [
+        f"| method | visual tokens | {' | '.join(tasks)} | average (95 %) | of full |",
+        "| --- " * (len(tasks) + 4) + "|",
+    ]
+    for setting in rows:
+        result = results[setting.name]
+        kept = ", ".join(map(str, result["visual_tokens_kept"]))
+        low, high = (100 * edge for edge in result["interval"])
+        share = f"{100 * result['average'] / full:.1f}" if full else ""
+        options = f" `{json.dumps(setting.options)}`" if setting.options else ""
+        cells = " | ".join(f"{100 * result['tasks'].get(task, 0):.1f}" for task in tasks)
+        lines.append(
+            f"| {setting.method}{options} | {kept} | {cells} | "
+            f"{100 * result['average']:.1f} ({low:.1f} to {high:.1f}) | {share} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(
+    results: dict[str, dict[str, Any]], settings: Sequence[Setting], kv_bytes: int, file: Path
+) -> None:
+    """Accuracy against visual tokens, or against KV bytes; one line a method.
+
+    Args:
+        results: of :func:`summarise`.
+        settings: the rows.
+        kv_bytes: bytes of KV cache a token; 0 for tokens on the axis.
+        file: where the picture goes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    unit = kv_bytes / 2**20 if kv_bytes else 1
+    for method in dict.fromkeys(s.method for s in settings):
+        rows = sorted(
+            (s for s in settings if s.method == method and not s.options and s.name in results),
+            key=lambda s: s.budget,
+        )
+        x = [results[s.name]["visual_tokens_kept"][0] * unit for s in rows]
+        y = [100 * results[s.name]["average"] for s in rows]
+        if method == "none":
+            axes.axhline(y[0], color="grey", linestyle=":", label="all tokens")
+            continue
+        edges = [results[s.name]["interval"] for s in rows]
+        below = [value - 100 * low for value, (low, _) in zip(y, edges, strict=True)]
+        above = [100 * high - value for value, (_, high) in zip(y, edges, strict=True)]
+        axes.errorbar(x, y, (below, above), marker="o", capsize=2, label=method)
+    axes.set_xlabel("KV cache of the image, MiB" if kv_bytes else "visual tokens kept")
+    axes.set_ylabel("accuracy, %, mean over tasks")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+# --- The command --------------------------------------------------------------------------------
+
+
+def load(file: Path) -> dict[str, dict[int, Answer]]:
+    """The answers that an earlier run has left."""
+    answers: dict[str, dict[int, Answer]] = {}
+    if file.exists():
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            answers.setdefault(row["setting"], {})[row["index"]] = Answer(*row["answer"])
+    return answers
+
+
+def settings_of(methods: Sequence[str], budgets: Sequence[int], full: int) -> list[Setting]:
+    """All tokens first, then every method at every budget below that."""
+    return [
+        Setting("none", full),
+        *(
+            Setting(method, budget)
+            for method in methods
+            if method != "none"
+            for budget in sorted(budgets, reverse=True)
+            if budget < full
+        ),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--base-url", help="an OpenAI-compatible server, with /v1")
+    where.add_argument("--in-process", metavar="MODEL", help="an engine without HTTP")
+    parser.add_argument("--model", default="tiny-llava", help="name of the model on the server")
+    parser.add_argument("--methods", default=",".join(m for m in METHODS if m != "none"))
+    parser.add_argument("--budgets", default="48,32,16,8")
+    parser.add_argument("--tokens", type=int, default=144, help="of an unreduced image")
+    parser.add_argument("--options", help="JSON; for every method named with --methods")
+    parser.add_argument("--questions", type=int, default=2000)
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path("reports/accuracy"))
+    parser.add_argument("--kv-bytes", type=int, default=6144, help="of a token, for the plot")
+    args = parser.parse_args()
+    settings = settings_of(
+        args.methods.split(","), [int(b) for b in args.budgets.split(",")], args.tokens
+    )
+    if args.options:
+        options = json.loads(args.options)
+        settings = [s._replace(options=options) if s.method != "none" else s for s in settings]
+    for setting in settings:
+        Reduction.parse(setting.reduction)
+    asked = held_out(args.questions)
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = args.out / "answers.jsonl"
+    answers = load(log)
+    engine = Engine(args.in_process) if args.in_process else None
+    missing = [
+        (s, [(i, *a) for i, a in enumerate(asked) if i not in answers.get(s.name, {})])
+        for s in settings
+    ]
+    total = sum(len(questions) for _, questions in missing)
+    with log.open("a") as out, tqdm(total=total, unit="question") as bar:
+        for setting, questions in missing:
+            bar.set_description(setting.name)
+
+            def done(index: int, answer: Answer, setting: Setting = setting) -> None:
+                answers.setdefault(setting.name, {})[index] = answer
+                row = {"setting": setting.name, "index": index, "answer": answer}
+                out.write(json.dumps(row) + "\n")
+                out.flush()
+                bar.update()
+
+            if engine is not None:
+                for start in range(0, len(questions), 128):
+                    engine.ask(questions[start : start + 128], setting, done)
+            else:
+                asyncio.run(
+                    ask_server(
+                        args.base_url, args.model, questions, setting, args.concurrency, done
+                    )
+                )
+    results = summarise(answers, asked)
+    wrong = [
+        (s.name, results[s.name]["visual_tokens_kept"])
+        for s in settings
+        if results[s.name]["visual_tokens_kept"] != [s.budget]
+    ]
+    (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    (args.out / "table.md").write_text(table(results, settings))
+    plot(results, settings, 0, args.out / "accuracy-by-tokens.png")
+    plot(results, settings, args.kv_bytes, args.out / "accuracy-by-kv.png")
+    print(table(results, settings))
+    if wrong:
+        raise SystemExit(f"other visual tokens were held than asked for: {wrong}")
+
+
+if __name__ == "__main__":
+    main()

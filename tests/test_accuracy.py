@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scenes, their questions, and how answers are summed up. No engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vllm_ficoco.tiny_llava import CHECKPOINT
+from vllm_ficoco.tiny_llava.scenes import TASKS, Scene, SceneMaker, Shape
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> ModuleType:
+    """``benchmarks/accuracy.py``, which is a command and not part of a package."""
+    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "benchmarks/accuracy.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["accuracy"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_same_seed_draws_the_same(accuracy: ModuleType) -> None:
+    one, other = accuracy.held_out(60), accuracy.held_out(60)
+    for (a, question), (b, again) in zip(one, other, strict=True):
+        assert question == again
+        assert np.array_equal(np.asarray(a.image), np.asarray(b.image))
+
+
+def test_every_word_is_in_the_models_vocabulary(accuracy: ModuleType) -> None:
+    tokenizer = json.loads((CHECKPOINT / "tokenizer.json").read_text())
+    vocabulary = set(tokenizer["model"]["vocab"])
+    for _, question in accuracy.held_out(400):
+        assert set(f"{question.text} {question.answer}".split()) <= vocabulary, question
+
+
+def test_every_task_is_asked_and_yes_is_as_frequent_as_no(accuracy: ModuleType) -> None:
+    questions = [question for _, question in accuracy.held_out(2000)]
+    assert {question.task for question in questions} == set(TASKS)
+    for task in TASKS:
+        answers = [q.answer for q in questions if q.task == task]
+        assert len(answers) > 100, task
+        if task.startswith("existence") or task == "relation":
+            assert 0.35 < answers.count("yes") / len(answers) < 0.65, task
+
+
+def test_test_digits_are_never_trained_on() -> None:
+    test, train = SceneMaker(0, test=True), SceneMaker(0, test=False)
+    held_out = {digit.tobytes() for digit in test.digits}
+    assert len(test.digits) + len(train.digits) == 1797
+    assert not held_out & {digit.tobytes() for digit in train.digits}
+
+
+def test_answers_are_right() -> None:
+    """Against a scene whose contents are plain to see."""
+    scene = Scene(
+        Image.new("RGB", (168, 168)),
+        [
+            Shape("red", "star", 30, 40, 20),
+            Shape("blue", "star", 130, 40, 20),
+            Shape("red", "ring", 30, 130, 20),
+        ],
+        word="owl",
+        digit=7,
+    )
+    right = {
+        "is there a red star ?": "yes",
+        "is there a blue star ?": "yes",
+        "is there a red ring ?": "yes",
+        "is there a blue ring ?": "no",
+        "what color is the ring ?": "red",
+        "what shape is the blue object ?": "star",
+        "what word is printed ?": "owl",
+        "what digit is written ?": "7",
+        "how many stars are there ?": "2",
+        "how many rings are there ?": "1",
+        "how many red object are there ?": "2",
+        "how many blue object are there ?": "1",
+        "how many green object are there ?": "0",
+        "is the red star left of the blue star ?": "yes",
+        "is the blue star left of the red star ?": "no",
+        "is the red ring above the red star ?": "no",
+        "is the red ring below the red star ?": "yes",
+        "what shape is in the top left ?": "star",
+        "what shape is in the top right ?": "star",
+        "what shape is in the bottom left ?": "ring",
+    }
+    seen = set()
+    for seed in range(300):
+        for task, ask in TASKS.items():
+            asked = ask(scene, random.Random(seed))
+            if asked is None:
+                continue
+            question, answer = asked
+            if question in right:
+                assert answer == right[question], question
+                seen.add(question)
+            elif task.startswith("existence") or question.startswith("how many"):
+                assert answer in ("no", "0"), question
+    assert seen == set(right)
+    negatives = {
+        ask(scene, random.Random(seed))
+        for seed in range(300)
+        for ask in [TASKS["existence-adversarial"]]
+    }
+    assert {q for q, a in negatives if a == "no"} == {"is there a blue ring ?"}
+
+
+def test_interval_is_wilsons(accuracy: ModuleType) -> None:
+    low, high = accuracy.interval(8, 10)
+    assert (round(low, 3), round(high, 3)) == (0.490, 0.943)
+    assert accuracy.interval(0, 50)[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_f1_counts_yes(accuracy: ModuleType) -> None:
+    pairs = [("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no"), ("yes", "yes")]
+    assert accuracy.f1_of_yes(pairs) == pytest.approx(2 / 3)
+    assert accuracy.f1_of_yes([("no", "no")]) == 0
+
+
+def test_a_table_has_a_row_for_every_setting(accuracy: ModuleType, tmp_path: Path) -> None:
+    asked = accuracy.held_out(30)
+    settings = accuracy.settings_of(["topk", "none"], [16, 48, 144], 144)
+    assert [s.name for s in settings] == ["none@144", "topk@48", "topk@16"]
+    answers = {
+        s.name: {
+            i: accuracy.Answer(q.answer if i % (k + 1) == 0 else "?", s.budget)
+            for i, (_, q) in enumerate(asked)
+        }
+        for k, s in enumerate(settings)
+    }
+    results = accuracy.summarise(answers, asked)
+    assert results["none@144"]["average"] == 1
+    assert results["topk@16"]["average"] < results["topk@48"]["average"] < 1
+    rows = accuracy.table(results, settings).splitlines()
+    assert len(rows) == 5
+    assert rows[2].startswith("| none | 144 | 100.0 |")
+    accuracy.plot(results, settings, 6144, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
