@@ -31,6 +31,8 @@ FICOCO = {
     "lambda": 0.35,
     "normalise": True,
     "window": 2,
+    "receivers": None,
+    "weighted": True,
 }
 
 

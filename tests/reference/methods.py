@@ -42,6 +42,8 @@ DEFAULTS = {
         "coefficient": 2.0,
         "window": 2,
         "epsilon": 0.998,
+        "receivers": None,
+        "weighted": True,
     },
     "visionzip": {"contextual": 5 / 32},
     "prumerge": {"neighbours": 32},
@@ -187,6 +189,8 @@ def ficoco_v(
     coefficient: float,
     window: int,
     epsilon: float,
+    receivers: int | None,
+    weighted: bool,
     **more: float,
 ) -> Reduced:
     """Equations 11 to 13 of arXiv 2411.17686 with the local penalty."""
@@ -207,8 +211,13 @@ def ficoco_v(
         row = [matrix[i][j] for j in target]
         if attention == "logits":
             row = [math.exp(x - max(row)) for x in row]
-        threshold = quantile(row, epsilon)
-        receives = [(j, x) for j, x in zip(target, row, strict=True) if x >= threshold]
+        if receivers is None:
+            threshold = quantile(row, epsilon)
+            receives = [(j, x) for j, x in zip(target, row, strict=True) if x >= threshold]
+        else:
+            receives = [(target[k], row[k]) for k in ranked(row)[:receivers]]
+        if not weighted:
+            receives = [(j, 1.0) for j, _ in receives]
         whole = sum(x for _, x in receives)
         if whole == 0:
             continue  # i attends to nobody who stays

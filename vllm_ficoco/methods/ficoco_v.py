@@ -60,6 +60,10 @@ class FiCoCoVOptions(Options):
     """Side of a window of the local penalty, in patches."""
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.998
     """Quantile of a row of C from which on a target receives."""
+    receivers: Annotated[int, Field(ge=0, le=4096)] | None = None
+    """A fixed number of targets per source instead (the paper's K, table 2); 0 only prunes."""
+    weighted: bool = True
+    """Share a source out by C; otherwise in equal parts."""
 
 
 def stages(tokens: int, budget: int, layers: int, _: FiCoCoVOptions) -> list[schedule.Stage]:
@@ -125,8 +129,12 @@ def compress(
     correlation: Tensor,
     options: FiCoCoVOptions,
 ) -> Tokens:
-    receives = correlation >= quantile_per_row(correlation, options.epsilon)
-    weight = torch.where(receives, correlation, 0.0)
+    if options.receivers is None:
+        receives = correlation >= quantile_per_row(correlation, options.epsilon)
+    else:
+        chosen = highest(correlation, options.receivers)
+        receives = torch.zeros_like(correlation, dtype=torch.bool).scatter(2, chosen, True)
+    weight = torch.where(receives, correlation if options.weighted else 1.0, 0.0)
     # A source that attends to no target at all has nothing to send: 0, not 0 / 0.
     total = weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
     return merge(tokens, source, target, weight / total)
