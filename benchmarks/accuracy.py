@@ -356,12 +356,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "answers.jsonl"
     answers = load(log)
-    engine = Engine(args.in_process) if args.in_process else None
     missing = [
         (s, [(i, *a) for i, a in enumerate(asked) if i not in answers.get(s.name, {})])
         for s in settings
     ]
     total = sum(len(questions) for _, questions in missing)
+    engine = Engine(args.in_process) if args.in_process and total else None
     with log.open("a") as out, tqdm(total=total, unit="question") as bar:
         for setting, questions in missing:
             bar.set_description(setting.name)
@@ -373,6 +373,8 @@ def main() -> None:
                 out.flush()
                 bar.update()
 
+            if not questions:
+                continue
             if engine is not None:
                 for start in range(0, len(questions), 128):
                     engine.ask(questions[start : start + 128], setting, done)
