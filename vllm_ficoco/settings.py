@@ -184,11 +184,9 @@ def per_image(kwargs: Mapping[str, object], images: int) -> list[Reduction | Non
 
 def pack(reduction: Reduction | None) -> torch.Tensor:
     """Settings as a uint8 tensor, to travel with an image's pixels; empty for no reduction."""
-    return (
-        torch.frombuffer(bytearray(reduction.key.encode()), dtype=torch.uint8)
-        if (reduction)
-        else torch.empty(0, dtype=torch.uint8)
-    )
+    if reduction is None:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(reduction.key.encode()), dtype=torch.uint8)
 
 
 def unpack(packed: torch.Tensor) -> Reduction | None:

@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMValidationError
 
 from ficoco_server.metrics import INVALID, REQUESTS
-from ficoco_server.protocol import OUR_KEYS, ChatRequest, ResponseRequest, mentioned
+from ficoco_server.protocol import OUR_KEYS, ChatRequest, ResponseRequest, holds_image, mentioned
 from vllm_ficoco.settings import SettingsError
 
 CHAT, RESPONSES, ABOUT = "/v1/chat/completions", "/v1/responses", "/v1/reduction"
@@ -88,7 +88,7 @@ class Guard:
         while not messages or messages[-1].get("more_body", False):
             messages.append(await receive())
         body = b"".join(message.get("body", b"") for message in messages)
-        refusal = _refusal(body, path)
+        refusal = _refusal(body, path, _largest_budget(scope))
         if refusal is not None:
             REQUESTS.labels(INVALID, "refused").inc()
             error = create_error_response(refusal)
@@ -101,16 +101,37 @@ class Guard:
         return await self.app(scope, replay, send)
 
 
-def _refusal(body: bytes, path: str) -> VLLMValidationError | None:
-    """Why a body cannot be served at a path of vLLM's that knows nothing of reductions."""
-    if not any(key.encode() in body for key in OUR_KEYS):
+def _largest_budget(scope: Scope) -> int | None:
+    """The policy's, once the server is up."""
+    reducer = getattr(scope["app"].state, "ficoco", None) if "app" in scope else None
+    return reducer.policy.max_budget if reducer else None
+
+
+def _refusal(body: bytes, path: str, largest: int | None) -> VLLMValidationError | None:
+    """Why a body cannot be served at a path of vLLM's that knows nothing of reductions.
+
+    Args:
+        body: of the request, as it came.
+        path: of the route.
+        largest: the policy's largest budget, which images here would pass by.
+    """
+    # A glance at the bytes spares most bodies the parsing; an escape may spell any word.
+    words = [*OUR_KEYS, *(["image"] if largest else []), "\\u"]
+    if not any(word.encode() in body for word in words):
         return None
     try:
-        level = mentioned(json.loads(body))
+        parsed = json.loads(body)
+        level = mentioned(parsed)
+        unreduced = largest is not None and holds_image(parsed)
     except (ValueError, RecursionError):
         return None  # vLLM says what is wrong with it
     if level is None:
-        return None
+        if not unreduced:
+            return None
+        return VLLMValidationError(
+            f"This server has a largest visual token budget, {largest}, which {path} knows nothing "
+            f"of: send images to {CHAT} or {RESPONSES}."
+        )
     key, value = next(iter(level.said.items()))
     why = "it has no images" if path == "/v1/completions" else f"use {CHAT} or {RESPONSES}"
     refused = SettingsError(level.field(key), value, f"left out on {path}: {why}")

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, MutableMapping, Sequence
 from importlib.metadata import entry_points
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,16 @@ def prepare(environment: MutableMapping[str, str], rest: Sequence[str]) -> None:
         environment["PROMETHEUS_MULTIPROC_DIR"] = _metrics_directory.name
     # prometheus_client does not make it, and fails at its import.
     Path(environment["PROMETHEUS_MULTIPROC_DIR"]).mkdir(parents=True, exist_ok=True)
-    if TINY in rest:
+    if _serves_tiny(rest):
         environment.setdefault("HF_HUB_OFFLINE", "1")
         # GiB, and only read on a CPU; vLLM's default there is a large part of the machine.
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def _serves_tiny(rest: Sequence[str]) -> bool:
+    """Whether vLLM's arguments name the shipped model as the model."""
+    named = [value for flag, value in pairwise(rest) if flag == "--model"]
+    return TINY in rest[:1] or TINY in named or f"--model={TINY}" in rest
 
 
 def _plugins(allowed: str | None) -> list[str]:

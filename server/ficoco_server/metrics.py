@@ -96,19 +96,20 @@ class Observation:
         self._started = self._ended = False
         self._last: dict[int, float] = {}
 
-    def describe(
-        self, settings: Sequence[Reduction | None], report: Sequence[dict[str, Any]], kv_bytes: int
-    ) -> None:
-        """Say what the request's images are, once that is settled."""
-        self._images = [
-            (r["method"], r["visual_tokens_before"], r["visual_tokens_kept"], kv_bytes)
-            for r in report
-        ]
-        methods = {method for method, *_ in self._images}
+    def expect(self, settings: Sequence[Reduction | None]) -> None:
+        """Say how the images are to be reduced, as soon as that is settled."""
+        methods = {s.method if s else NO_REDUCTION for s in settings}
         budgets = {budget_bucket(s) for s in settings}
         if methods:
             self.method = methods.pop() if len(methods) == 1 else MIXED
             self.budget = budgets.pop() if len(budgets) == 1 else MIXED
+
+    def describe(self, images: Sequence[dict[str, Any]], kv_bytes: int) -> None:
+        """Say what the images hold, from the report, once the prompt is rendered."""
+        self._images = [
+            (i["method"], i["visual_tokens_before"], i["visual_tokens_kept"], kv_bytes)
+            for i in images
+        ]
 
     def finish(self, outcome: Outcome) -> None:
         """The end of the request; only the first one counts."""

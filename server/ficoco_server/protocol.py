@@ -145,15 +145,25 @@ def mentioned(body: Any) -> Level | None:
     """The first of our settings anywhere in the body of another route; ``detail`` is not ours."""
     if not isinstance(body, Mapping):
         return None
-    said = _ours(body, OUR_KEYS)
-    if said:
-        return Level("", said)
+    for holder, where in ((body, ""), (body.get("mm_processor_kwargs"), "mm_processor_kwargs")):
+        said = _ours(holder, OUR_KEYS) if isinstance(holder, Mapping) else {}
+        if said:
+            return Level(where, said)
     for turns in ("messages", "input", "prompt"):
         for path, part in _parts(body.get(turns), turns):
             for holder, where in _holders(part, path):
                 if said := _ours(holder, OUR_KEYS):
                     return Level(where, said)
     return None
+
+
+def holds_image(value: Any) -> bool:
+    """Whether there is an image anywhere in a body, in OpenAI's or Anthropic's form."""
+    if isinstance(value, list):
+        return any(map(holds_image, value))
+    if not isinstance(value, Mapping):
+        return False
+    return is_image(value) or value.get("type") == "image" or any(map(holds_image, value.values()))
 
 
 def _parts(messages: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -185,4 +195,6 @@ def _ours(holder: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _drop(holder: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in holder.items() if key not in IMAGE_KEYS}
+    """What vLLM gets of an image's part: none of our keys, and the one ``detail`` that it takes."""
+    left = {key: value for key, value in holder.items() if key not in OUR_KEYS}
+    return {**left, DETAIL_KEY: "auto"} if DETAIL_KEY in left else left

@@ -15,6 +15,7 @@ from ficoco_server.protocol import OUR_KEYS, ReductionFields, count_images
 from ficoco_server.resolve import Level, settle
 from vllm_ficoco.cost import Decoder, prefill_flops_ratio
 from vllm_ficoco.methods import METHODS
+from vllm_ficoco.plugin import MODELS
 from vllm_ficoco.settings import NO_REDUCTION, Reduction, SettingsError
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
 
@@ -28,6 +29,11 @@ class Reducer:
         self.model_name = model.served_model_name
         self.geometry: Geometry | UnsupportedModel
         try:
+            if model.architecture not in dict(MODELS):
+                raise UnsupportedModel(
+                    f"visual tokens can be reduced in {', '.join(dict(MODELS))}, not in "
+                    f"{model.architecture}"
+                )
             self.geometry = geometry_of(model.hf_config)
         except UnsupportedModel as error:
             self.geometry = error

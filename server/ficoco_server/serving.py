@@ -74,6 +74,7 @@ class ReductionRenderer(OnlineRenderer):
         if not _is_ours(request):
             return await super().preprocess_chat(request, messages, *args, **kwargs)
         settings = self.reducer.settle(request, messages)
+        request._seen.expect(settings)
         theirs = request.mm_processor_kwargs
         if any(settings):
             validate_request_mm_kwargs(
@@ -94,7 +95,7 @@ class ReductionRenderer(OnlineRenderer):
         embeds = [False] * (len(settings) - len(asked)) + [image.embeds for image in asked]
         request._report = self.reducer.report(settings, embeds, engine_input)
         images = request._report["images"] if request._report else []
-        request._seen.describe(settings, images, self.reducer.decoder.kv_bytes_per_token)
+        request._seen.describe(images, self.reducer.decoder.kv_bytes_per_token)
         return rendered
 
 

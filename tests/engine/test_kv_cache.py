@@ -97,13 +97,42 @@ def test_a_neighbour_does_not_change_an_images_cache_entry(engine: Engine) -> No
     assert output.num_cached_tokens == 64
 
 
-def test_processor_cache_gives_each_image_its_own_settings(engine: Engine) -> None:
-    """A prompt of which one image is cached and the other is not keeps both budgets apart."""
+def test_processor_cache_gives_each_image_its_own_settings(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a prompt's images only those that are not cached are processed, each with its budget."""
+    processor = engine.llm.llm_engine.renderer.get_mm_processor()
+    processed: list[int] = []
+    original = processor._call_hf_processor
+
+    def count(data: dict, kwargs: dict) -> object:
+        processed.append(len(data["images"]))
+        return original(data, kwargs)
+
+    monkeypatch.setattr(processor, "_call_hf_processor", count)
     engine.generate([Ask([40], [{"budget": 21}])])
     (output,) = engine.generate([Ask([41, 40], [{"budget": 5}, {"budget": 21}])])
     assert len(output.prompt_token_ids) == TEXT + 26
     (output,) = engine.generate([Ask([40, 42], [{"budget": 21}, None])])
     assert len(output.prompt_token_ids) == TEXT + 21 + 144
+    engine.generate([Ask([42, 41], [None, {"budget": 5}])])
+    assert processed == [1, 1, 1], "one image was new each time, and at the end none"
+
+
+def test_the_tower_never_sees_more_images_than_were_profiled(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM fills a batch by kept tokens; small budgets must not make it larger than memory."""
+    tower = engine.model.reducing_tower
+    seen: list[int] = []
+    embed = tower._embed
+    monkeypatch.setattr(tower, "_embed", lambda pixels: seen.append(len(pixels)) or embed(pixels))
+    limit = engine.llm.llm_engine.vllm_config.scheduler_config.max_num_encoder_input_tokens // 144
+    engine.generate(
+        [Ask([100 + 3 * i + k for k in range(3)], [{"budget": 1}] * 3) for i in range(30)]
+    )
+    assert sum(seen) == 90
+    assert max(seen) <= limit < 90
 
 
 @pytest.mark.parametrize(

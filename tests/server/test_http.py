@@ -509,3 +509,31 @@ def test_raw_stream_is_well_formed(server: Server) -> None:
     assert events[-1] == "data: [DONE]"
     assert all(json.loads(e.removeprefix("data: "))["id"] for e in events[:-1])
     assert "reduction" in json.loads(events[-2].removeprefix("data: "))
+
+
+# --- What vLLM takes must still be taken -----------------------------------------------------
+
+
+def test_input_image_parts_keep_working(server: Server) -> None:
+    """vLLM's schema wants ``detail`` there, so it must not be dropped with our keys."""
+    url = image()["image_url"]["url"]
+    part = {"type": "input_image", "image_url": url, "detail": "low", "visual_token_budget": 20}
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": [part]}], "max_tokens": 2}
+    answer = server.http.post("/v1/chat/completions", json=chat)
+    assert answer.status_code == 400, "two budgets at once"
+    for detail, kept in (("auto", 20), ("low", 16)):
+        settings = {"visual_token_budget": 20} if detail == "auto" else {}
+        part = {"type": "input_image", "image_url": url, "detail": detail, **settings}
+        chat["messages"] = [{"role": "user", "content": [part]}]
+        answer = server.http.post("/v1/chat/completions", json=chat)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["reduction"]["visual_tokens_kept"] == kept
+
+
+@pytest.mark.parametrize("role", ["system", "assistant", "user"])
+def test_an_image_may_be_in_a_message_of_any_role(server: Server, role: str) -> None:
+    messages = [{"role": role, "content": [image()]}, {"role": "user", "content": "what is it ?"}]
+    body = {"model": MODEL, "messages": messages, "max_tokens": 2, "visual_token_budget": 9}
+    answer = server.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["reduction"]["visual_tokens_kept"] == 9

@@ -17,7 +17,7 @@ from ficoco_server import cli, metrics
 from ficoco_server.api_router import Guard
 from ficoco_server.metrics import INVALID, REQUESTS, Observation, budget_bucket
 from ficoco_server.policy import Policy
-from ficoco_server.protocol import ChatRequest, ResponseRequest, mentioned, take
+from ficoco_server.protocol import ChatRequest, ResponseRequest, holds_image, mentioned, take
 from ficoco_server.reducer import Reducer
 from ficoco_server.serving import _with_report
 from vllm_ficoco.cost import Decoder
@@ -58,7 +58,7 @@ def test_settings_of_images_in_order() -> None:
 
 def test_vllm_does_not_see_them() -> None:
     taken, _ = take(body(image(detail="low", visual_token_budget=9), TEXT), "messages")
-    assert taken["messages"][0]["content"] == [image(), TEXT]
+    assert taken["messages"][0]["content"] == [image(detail="auto"), TEXT]
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,22 @@ async def test_the_guard_lets_others_pass_unchanged() -> None:
         assert await _through_guard(payload) == ([], payload)
     mine = b'{"visual_token_budget": 64}'
     assert await _through_guard(mine, "/v1/chat/completions") == ([], mine)
+
+
+def test_images_are_found_in_any_form() -> None:
+    """For the largest budget, which routes that do not know it would pass by."""
+    anthropic = {"type": "image", "source": {"type": "base64", "data": "AAAA"}}
+    for part in (image(), anthropic, {"type": "input_image", "image_url": URL}):
+        assert holds_image({"messages": [{"role": "user", "content": [TEXT, part]}]})
+        assert holds_image({"messages": [[{"role": "user", "content": [part]}]]})
+    assert not holds_image({"messages": [{"role": "user", "content": "an image_url"}]})
+
+
+async def test_the_guard_refuses_what_is_spelt_with_escapes() -> None:
+    sent, _ = await _through_guard(b'{"visual\\u005ftoken_budget": 64}')
+    assert sent[0]["status"] == 400
+    sent, _ = await _through_guard(b'{"mm_processor_kwargs": {"visual_token_budget": 64}}')
+    assert sent[0]["status"] == 400
 
 
 async def test_the_guard_refuses() -> None:

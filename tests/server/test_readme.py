@@ -61,8 +61,7 @@ def served() -> Iterator[None]:
     if not (Path(sys.prefix) / ".installed").exists():
         pytest.skip("this environment was not made by make: it would make another")
     with socket.socket() as port:
-        if port.connect_ex(("127.0.0.1", 8000)) == 0:
-            pytest.skip("port 8000 is taken")
+        assert port.connect_ex(("127.0.0.1", 8000)) != 0, "port 8000 is taken"
     process = subprocess.Popen(
         ["make", "serve", f"VENV={sys.prefix}"], cwd=ROOT, start_new_session=True
     )

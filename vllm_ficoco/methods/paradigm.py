@@ -303,7 +303,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.transpose(-1, -2)
 
 
-@lru_cache(maxsize=4096)  # every count of a few grids; the copy to the device would wait each time
+@lru_cache(maxsize=4096)  # every count of a few grids
 def grid_windows(
     grid: tuple[int, int], count: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -321,8 +321,11 @@ def grid_windows(
             owner[row * columns + left : row * columns + right] = [number] * (right - left)
     first = [top * columns + left for top, _, left, _ in cuts]
     middle = [(t + b) // 2 * columns + (le + r) // 2 for t, b, le, r in cuts]
-    return (
-        torch.tensor(owner, device=device),
-        torch.tensor(first, device=device),
-        torch.tensor(middle, device=device),
-    )
+
+    def place(values: list[int]) -> Tensor:
+        on_host = torch.tensor(values)
+        if device.type == "cpu":
+            return on_host
+        return on_host.pin_memory().to(device, non_blocking=True)  # else the host would wait
+
+    return place(owner), place(first), place(middle)

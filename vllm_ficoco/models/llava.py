@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 from vllm.config import VllmConfig
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalHashes
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
@@ -219,12 +222,15 @@ class ReducingLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             geometry = geometry_of(self.config)
         except UnsupportedModel:
             return  # the processor refuses settings, so none can come
+        # Every rank does the same work; the time of one of them is enough.
+        timer = {"timer": StageTimer()} if get_tensor_model_parallel_rank() == 0 else {}
         self.reducing_tower = ReducingTower(
-            self.vision_tower.vision_model,
-            geometry,
-            tensor_model_parallel_all_reduce,
-            StageTimer(),
+            self.vision_tower.vision_model, geometry, tensor_model_parallel_all_reduce, **timer
         )
+        # vLLM fills a batch by what the images will hold, and reserves memory for images that hold
+        # everything. The tower takes in whole images, so it must not see more of them than those.
+        encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self.images_at_once = max(1, encoder_tokens // geometry.tokens)
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         """Visual tokens of a batch of images, possibly of several requests.
@@ -249,7 +255,14 @@ class ReducingLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if plain:
             unreduced = super().embed_multimodal(pixel_values=rows(pixels, plain))
             outputs.update(zip(plain, unreduced, strict=True))
-        features = self.reducing_tower(rows(pixels, reduced), [s for s in settings if s])
+        features: list[torch.Tensor] = []
+        # Equal settings side by side: they run as one batch.
+        reduced.sort(key=lambda i: settings[i].key)  # type: ignore[union-attr]
+        for start in range(0, len(reduced), self.images_at_once):
+            part = reduced[start : start + self.images_at_once]
+            features += self.reducing_tower(
+                rows(pixels, part), [s for i in part if (s := settings[i])]
+            )
         # One projector call for all groups: it works token by token.
         embedded = self.multi_modal_projector(torch.cat(features)).split([len(f) for f in features])
         outputs.update(zip(reduced, embedded, strict=True))
