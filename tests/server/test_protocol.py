@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 from vllm.exceptions import VLLMValidationError
 
 from ficoco_server import cli, metrics
-from ficoco_server.api_router import Guard
+from ficoco_server.api_router import Guard, _refusal
 from ficoco_server.metrics import INVALID, REQUESTS, Observation, budget_bucket
 from ficoco_server.policy import Policy
 from ficoco_server.protocol import ChatRequest, ResponseRequest, holds_image, mentioned, take
@@ -204,6 +204,17 @@ def test_images_are_found_in_any_form() -> None:
         assert holds_image({"messages": [{"role": "user", "content": [TEXT, part]}]})
         assert holds_image({"messages": [[{"role": "user", "content": [part]}]]})
     assert not holds_image({"messages": [{"role": "user", "content": "an image_url"}]})
+
+
+def test_images_do_not_pass_by_the_largest_budget() -> None:
+    """On routes that know no budgets: refused where the policy has a largest one, else let pass."""
+    payload = json.dumps({"messages": [{"role": "user", "content": [image()]}]}).encode()
+    text = b'{"messages": [{"role": "user", "content": "an image ?"}]}'
+    refused = _refusal(payload, "/v1/messages", 64)
+    assert refused is not None
+    assert "64" in str(refused) and "/v1/chat/completions" in str(refused)
+    assert _refusal(payload, "/v1/messages", None) is None
+    assert _refusal(text, "/v1/messages", 64) is None
 
 
 async def test_the_guard_refuses_what_is_spelt_with_escapes() -> None:
