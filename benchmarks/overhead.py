@@ -26,9 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import vllm_ficoco
+from vllm_ficoco.tiny_llava import CHECKPOINT as SHIPPED
 
-SHIPPED = Path(vllm_ficoco.__file__).parent / "tiny_llava"
 BUDGETS = (192, 64)
 REQUESTS = 32
 

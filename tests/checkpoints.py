@@ -20,9 +20,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-import vllm_ficoco
-
-SHIPPED = Path(vllm_ficoco.__file__).parent / "tiny_llava"
+from vllm_ficoco.tiny_llava import CHECKPOINT as SHIPPED
 
 
 def random_llava(path: Path, tower: str = "clip", seed: int = 0) -> Path:

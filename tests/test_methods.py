@@ -371,7 +371,7 @@ def test_heads_on_other_ranks_count() -> None:
         looks[f"between-{kind}"] = partial(
             lambda e, kind: e.attention_between(source, target, kind), kind=kind
         )
-    looks["keys"] = lambda e: e.mean_keys()
+    looks["keys"] = lambda e: e.mean_keys
     for name, look in looks.items():
         sent: list[Tensor] = []
 

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-MODELS = (
-    (
-        "LlavaForConditionalGeneration",
-        "vllm_ficoco.models.llava:ReducingLlavaForConditionalGeneration",
+MODELS = {
+    "LlavaForConditionalGeneration": (
+        "vllm_ficoco.models.llava:ReducingLlavaForConditionalGeneration"
     ),
-)
+}
 """Architecture and, as a lazy string, the class that takes its place."""
 
 
@@ -20,5 +19,5 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
-    for architecture, model in MODELS:
+    for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -191,7 +192,11 @@ def pack(reduction: Reduction | None) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor) -> Reduction | None:
     """The settings that :func:`pack` wrote."""
-    raw = bytes(packed.tolist())
+    return _parse_packed(bytes(packed.tolist()))
+
+
+@lru_cache(maxsize=1024)  # the images of a batch mostly have few different settings
+def _parse_packed(raw: bytes) -> Reduction | None:
     return Reduction.model_validate_json(raw) if raw else None
 
 

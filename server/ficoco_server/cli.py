@@ -142,9 +142,9 @@ def _resolve_tiny(args: Any) -> None:
     """Let the shipped model be called by its name."""
     if TINY not in (args.model_tag, args.model) or Path(TINY).exists():
         return
-    import vllm_ficoco
+    from vllm_ficoco.tiny_llava import CHECKPOINT
 
-    path = str(Path(vllm_ficoco.__file__).parent / "tiny_llava")
+    path = str(CHECKPOINT)
     args.model = path
     args.model_tag = args.model_tag and path
     args.served_model_name = args.served_model_name or [TINY]

@@ -55,7 +55,7 @@ class ReductionFields(BaseModel):
     def _take_image_settings(cls, data: Any, handler: Any) -> Any:
         if not isinstance(data, Mapping):
             return handler(data)
-        body, asked = take(data, cls.turns)
+        body, asked = take_settings(data, cls.turns)
         request = handler(body)
         request._asked = asked
         return request
@@ -96,7 +96,7 @@ def count_images(messages: Any) -> int:
     return sum(is_image(part) for _, part in _parts(messages, ""))
 
 
-def take(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], Asked]:
+def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], Asked]:
     """A body without the settings of its images, and those. The given body stays as it is."""
     images: list[Level] = []
     misplaced: list[Level] = []

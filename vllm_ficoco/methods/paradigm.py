@@ -164,8 +164,9 @@ class Evidence:
 
         return self._probabilities(queries, pick)
 
+    @cached_property
     def mean_keys(self) -> Tensor:
-        """(B, n, d): keys of the patches, mean over heads."""
+        """(B, n, d): keys of the patches, mean over heads; filter and correlate both ask for it."""
         return self.sum_over_ranks(self.key[:, :, self._first :].float().sum(1)) / self._heads
 
 

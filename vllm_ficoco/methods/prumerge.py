@@ -46,7 +46,7 @@ def filter(_: Tokens, evidence: Evidence, leave: int, __: PruMergeOptions) -> Te
 def correlate(
     _: Tokens, evidence: Evidence, source: Tensor, target: Tensor, __: PruMergeOptions
 ) -> Tensor:
-    keys = evidence.mean_keys()
+    keys = evidence.mean_keys
     return cosine(take(keys, source), take(keys, target))
 
 

@@ -40,14 +40,14 @@ def stages(tokens: int, budget: int, layers: int, _: Options) -> list[schedule.S
 
 def filter(_: Tokens, evidence: Evidence, leave: int, __: Options) -> Tensor:
     """Of A, the tokens with the strongest link to B."""
-    keys = evidence.mean_keys()
+    keys = evidence.mean_keys
     strongest = cosine(keys[:, ::2], keys[:, 1::2]).amax(-1)
     return highest(strongest, leave) * 2
 
 
 def correlate(_: Tokens, evidence: Evidence, source: Tensor, target: Tensor, __: Options) -> Tensor:
     """Cosine of keys; those of A that stay cannot receive."""
-    keys = evidence.mean_keys()
+    keys = evidence.mean_keys
     similarity = cosine(take(keys, source), take(keys, target))
     return similarity.masked_fill((target % 2 == 0)[:, None], float("-inf"))
 

@@ -67,7 +67,7 @@ def correlate(
     """Cosine of keys; dominant tokens cannot receive."""
     dominant, _ = stay(tokens, evidence, target.shape[1], options)
     receives = torch.ones_like(tokens.position, dtype=torch.bool).scatter(1, dominant, False)
-    keys = evidence.mean_keys()
+    keys = evidence.mean_keys
     similarity = cosine(take(keys, source), take(keys, target))
     return similarity.masked_fill(~take(receives, target)[:, None], float("-inf"))
 

@@ -250,20 +250,18 @@ class ReducingLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         assert image_input is not None and image_input["type"] == "pixel_values"
         pixels = image_input["pixel_values"]
         plain = [i for i, reduction in enumerate(settings) if reduction is None]
-        reduced = [i for i, reduction in enumerate(settings) if reduction is not None]
+        reduced = [(i, reduction) for i, reduction in enumerate(settings) if reduction is not None]
         outputs: dict[int, torch.Tensor] = {}
         if plain:
             unreduced = super().embed_multimodal(pixel_values=rows(pixels, plain))
             outputs.update(zip(plain, unreduced, strict=True))
         features: list[torch.Tensor] = []
         # Equal settings side by side: they run as one batch.
-        reduced.sort(key=lambda i: settings[i].key)  # type: ignore[union-attr]
+        reduced.sort(key=lambda image: image[1].key)
         for start in range(0, len(reduced), self.images_at_once):
-            part = reduced[start : start + self.images_at_once]
-            features += self.reducing_tower(
-                rows(pixels, part), [s for i in part if (s := settings[i])]
-            )
+            index, part = zip(*reduced[start : start + self.images_at_once], strict=True)
+            features += self.reducing_tower(rows(pixels, list(index)), part)
         # One projector call for all groups: it works token by token.
         embedded = self.multi_modal_projector(torch.cat(features)).split([len(f) for f in features])
-        outputs.update(zip(reduced, embedded, strict=True))
+        outputs.update(zip([i for i, _ in reduced], embedded, strict=True))
         return [outputs[i] for i in range(len(settings))]
