@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scenes of shapes, digits and words, and questions to them: the world of the shipped model.
 
-Everything is drawn from a seed, nothing is downloaded. Shapes are 13 to 28 px on a 168 px image,
-one to three patches, so an answer hangs on few visual tokens. Digits are scikit-learn's
+Everything is drawn from a seed, nothing is downloaded. Shapes are 15 to 30 px on a 168 px image,
+one to three patches wide, so an answer hangs on few visual tokens. Digits are scikit-learn's
 handwritten ones, words are rendered in fonts that come with matplotlib; both are needed only here.
 
 Tasks are named after what they stand for:
@@ -12,6 +12,7 @@ Tasks are named after what they stand for:
 - ``reading``: TextVQA; the printed word.
 - ``digit``: handwriting, of held-out samples in test scenes.
 - ``colour``, ``shape``, ``count``, ``relation``, ``corner``: GQA and VQAv2.
+- ``choice``: MMBench; four objects, one of which is there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 168
-"""Side of an image in pixels."""
+"""Side in pixels of the image that all sizes here are given for."""
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -56,49 +57,68 @@ WORDS = tuple(
     "cat dog sun map key bus cup hat pen box fox ice jam net oil pig rug van web zip "  # noqa: SIM905
     "arm bed cow egg fan gum hen ink jet kit leg mud nut owl pot rat sky toy urn yak".split()
 )
+LETTERS = "ABCD"
+"""Of the answers that a multiple choice offers."""
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
-FONTS = (
-    "DejaVuSans",
-    "DejaVuSans-Bold",
-    "DejaVuSerif",
-    "DejaVuSerif-Bold",
-    "DejaVuSansMono",
-    "DejaVuSansMono-Bold",
-    "STIXGeneralBol",
-    "DejaVuSans-Oblique",
-)
+FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
 TEST_SHARE = 0.2
 """Share of the handwritten digits that only test scenes show."""
 
 
-class Shape(NamedTuple):
-    """One coloured shape."""
+class Thing(NamedTuple):
+    """A shape, a word or a digit on the image."""
 
+    kind: str
+    """``shape``, ``word`` or ``digit``."""
     colour: str
     name: str
     x: float
     """Centre, pixels from the left."""
     y: float
     """Centre, pixels from the top."""
-    size: int
+    mask: NDArray[np.uint8] = np.zeros((0, 0), np.uint8)
+    """Opacity around the centre, 0 to 255."""
+
+
+class Mention(NamedTuple):
+    """Where a question speaks of things."""
+
+    word: int
+    """The word of the question by which they are fully named."""
+    things: tuple[int, ...]
+    """Which of the scene's things those are; empty where there are none."""
 
 
 class Question(NamedTuple):
-    """A question to a scene."""
+    """A question to a scene. The mentions are for training and for showing what an answer needs."""
 
     task: str
     text: str
     answer: str
+    mentions: tuple[Mention, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)  # a scene equals only itself
 class Scene:
     """An image and what is on it."""
 
     image: Image.Image
-    shapes: list[Shape] = field(default_factory=list)
-    word: str | None = None
-    digit: int | None = None
+    things: list[Thing] = field(default_factory=list)
+
+    def where(self, kind: str = "shape", colour: str = "", name: str = "") -> tuple[int, ...]:
+        """The things of a kind, and of a colour or name where one is given."""
+        return tuple(
+            index
+            for index, thing in enumerate(self.things)
+            if thing.kind == kind
+            and (not colour or thing.colour == colour)
+            and (not name or thing.name == name)
+        )
+
+    @property
+    def shapes(self) -> list[Thing]:
+        """The coloured shapes."""
+        return [self.things[index] for index in self.where()]
 
 
 class SceneMaker:
@@ -107,9 +127,11 @@ class SceneMaker:
     Args:
         seed: of everything.
         test: take digits that training scenes never show.
+        side: of the images in pixels; everything on them grows with it.
     """
 
-    def __init__(self, seed: int, test: bool = True) -> None:
+    def __init__(self, seed: int, test: bool = True, side: int = SIZE) -> None:
+        self.side, self.scale = side, side / SIZE
         self.random = random.Random(seed)
         self.numbers = np.random.default_rng(seed)
         digits, labels = _digits()
@@ -119,33 +141,35 @@ class SceneMaker:
         self.digits, self.labels = digits[chosen], labels[chosen]
 
     def scene(self) -> Scene:
-        """One scene: three to seven shapes, often a word and a digit, and clutter."""
+        """One scene: three to six shapes, often a word and a digit, and clutter."""
         lot = self.random
         canvas = self._background()
         boxes: list[tuple[int, int, int, int]] = []
-        word = digit = None
-        if lot.random() < 0.8:
-            candidate = lot.choice(WORDS)
-            mask = _word_mask(candidate, lot.choice(FONTS), lot.randint(13, 18))
-            if self._paste(canvas, mask, lot.choice(list(COLOURS)), boxes) is not None:
-                word = candidate
-        if lot.random() < 0.8:
-            index = lot.randrange(len(self.labels))
-            side = lot.choice((18, 20, 22, 24, 26, 28))
-            mask = np.asarray(Image.fromarray(self.digits[index]).resize((side, side), 3))
-            if self._paste(canvas, mask, lot.choice(list(COLOURS)), boxes) is not None:
-                digit = int(self.labels[index])
-        shapes = []
-        for colour, name in self._kinds(lot.randint(3, 7)):
-            size = round(math.exp(lot.uniform(math.log(13), math.log(28))))
-            mask = _shape_mask(name, size, lot.choice((-12, 0, 12)))
+        things: list[Thing] = []
+
+        def put(kind: str, colour: str, name: str, mask: NDArray[np.uint8]) -> None:
             place = self._paste(canvas, mask, colour, boxes)
             if place is not None:
-                shapes.append(Shape(colour, name, place[0] + size / 2, place[1] + size / 2, size))
+                height, width = mask.shape
+                x, y = place[0] + width / 2, place[1] + height / 2
+                things.append(Thing(kind, colour, name, x, y, mask))
+
+        if lot.random() < 0.8:
+            word = lot.choice(WORDS)
+            mask = _word_mask(word, lot.choice(FONTS), round(lot.randint(15, 19) * self.scale))
+            put("word", lot.choice(list(COLOURS)), word, mask)
+        if lot.random() < 0.8:
+            index, side = lot.randrange(len(self.labels)), lot.choice((20, 22, 24, 26, 28))
+            side = round(side * self.scale)
+            mask = np.asarray(Image.fromarray(self.digits[index]).resize((side, side), 3))
+            put("digit", lot.choice(list(COLOURS)), str(self.labels[index]), mask)
+        for colour, name in self._kinds(lot.randint(3, 6)):
+            size = round(math.exp(lot.uniform(math.log(15), math.log(30))) * self.scale)
+            put("shape", colour, name, _shape_mask(name, size, lot.choice((-12, 0, 12))))
         for _ in range(lot.randint(0, 4)):
             self._paste(canvas, self._clutter(), lot.choice(list(COLOURS)), boxes)
         pixels = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
-        return Scene(Image.fromarray(pixels), shapes, word, digit)
+        return Scene(Image.fromarray(pixels), things)
 
     def questions(self, scene: Scene) -> Iterator[Question]:
         """One question of every task that the scene has an answer for."""
@@ -171,15 +195,17 @@ class SceneMaker:
     def _background(self) -> NDArray[np.float32]:
         """Grey, tinted, with soft spots of two sizes and grain."""
         base = self.numbers.uniform(70, 180) + self.numbers.uniform(-20, 20, 3)
-        canvas = np.broadcast_to(base, (SIZE, SIZE, 3)).astype(np.float32)
+        canvas = np.broadcast_to(base, (self.side, self.side, 3)).astype(np.float32)
         for cells, strength in ((4, 30.0), (14, 22.0)):
             spots = self.numbers.standard_normal((cells, cells, 3))
             spots = 0.35 * spots + spots.mean(-1, keepdims=True)
             for channel in range(3):
                 plane = Image.fromarray(spots[..., channel].astype(np.float32))
-                soft = np.asarray(plane.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+                soft = np.asarray(plane.resize((self.side, self.side), Image.Resampling.BILINEAR))
                 canvas[..., channel] += soft * self.numbers.uniform(0, strength)
-        grain = self.numbers.standard_normal((SIZE, SIZE, 1)) * self.numbers.uniform(0, 14)
+        grain = self.numbers.standard_normal((self.side, self.side, 1)) * self.numbers.uniform(
+            0, 14
+        )
         return (canvas + grain).astype(np.float32)
 
     def _paste(
@@ -192,7 +218,8 @@ class SceneMaker:
         """Put a mask somewhere free; where, or None if there is no room."""
         height, width = mask.shape
         for _ in range(25):
-            x, y = self.random.randint(0, SIZE - width), self.random.randint(0, SIZE - height)
+            x = self.random.randint(0, self.side - width)
+            y = self.random.randint(0, self.side - height)
             if all(
                 x + width + 2 <= a or a + c + 2 <= x or y + height + 2 <= b or b + d + 2 <= y
                 for a, b, c, d in boxes
@@ -227,77 +254,92 @@ class SceneMaker:
             (x, y), r, start = point(), lot.randint(16, 50), lot.randint(0, 359)
             box = (x - r, y - r, x + r, y + r)
             draw.arc(box, start, start + lot.randint(60, 200), fill=255, width=lot.randint(5, 11))
+        side = round(side * self.scale)
         return np.asarray(image.resize((side, side), Image.Resampling.BOX))
 
 
 # --- Questions ----------------------------------------------------------------------------------
 
-Asked = tuple[str, str] | None
-"""Question and answer, or None where the scene has none."""
+Asked = tuple[str, str, tuple[Mention, ...]] | None
+"""Question, answer and mentions; None where the scene has no such question."""
 
 
-def _kinds_of(scene: Scene) -> list[tuple[str, str]]:
-    return [(shape.colour, shape.name) for shape in scene.shapes]
+def _absent(scene: Scene, negatives: str) -> list[tuple[str, str]]:
+    """Colours and shapes that are not there together, in POPE's three kinds."""
+    there = {(shape.colour, shape.name) for shape in scene.shapes}
+    colours, shapes = {c for c, _ in there}, {s for _, s in there}
+    absent = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in there]
+    if negatives == "popular":
+        return [(c, s) for c, s in absent if (c in colours) != (s in shapes)]
+    if negatives == "adversarial":
+        return [(c, s) for c, s in absent if c in colours and s in shapes]
+    return absent
 
 
 def _existence(negatives: str) -> Callable[[Scene, random.Random], Asked]:
     def ask(scene: Scene, lot: random.Random) -> Asked:
-        there = _kinds_of(scene)
-        if not there:
-            return None
-        absent = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in there]
-        colours, shapes = {c for c, _ in there}, {s for _, s in there}
-        if negatives == "popular":
-            absent = [(c, s) for c, s in absent if (c in colours) != (s in shapes)]
-        elif negatives == "adversarial":
-            absent = [(c, s) for c, s in absent if c in colours and s in shapes]
-        if not absent:
+        absent = _absent(scene, negatives)
+        if not scene.shapes or not absent:
             return None
         present = lot.random() < 0.5
-        colour, shape = lot.choice(there if present else absent)
-        return f"is there a {colour} {shape} ?", "yes" if present else "no"
+        some = lot.choice(scene.shapes)
+        colour, shape = (some.colour, some.name) if present else lot.choice(absent)
+        mention = Mention(4, scene.where(colour=colour, name=shape))
+        return f"is there a {colour} {shape} ?", "yes" if present else "no", (mention,)
 
     return ask
 
 
 def _colour(scene: Scene, lot: random.Random) -> Asked:
-    names = [shape.name for shape in scene.shapes]
-    single = [shape for shape in scene.shapes if names.count(shape.name) == 1]
+    single = [shape for shape in scene.shapes if len(scene.where(name=shape.name)) == 1]
     if not single:
         return None
     shape = lot.choice(single)
-    return f"what color is the {shape.name} ?", shape.colour
+    mention = Mention(4, scene.where(name=shape.name))
+    return f"what color is the {shape.name} ?", shape.colour, (mention,)
 
 
 def _shape(scene: Scene, lot: random.Random) -> Asked:
-    colours = [shape.colour for shape in scene.shapes]
-    single = [shape for shape in scene.shapes if colours.count(shape.colour) == 1]
+    single = [shape for shape in scene.shapes if len(scene.where(colour=shape.colour)) == 1]
     if not single:
         return None
     shape = lot.choice(single)
-    return f"what shape is the {shape.colour} object ?", shape.name
+    mention = Mention(5, scene.where(colour=shape.colour))
+    return f"what shape is the {shape.colour} object ?", shape.name, (mention,)
 
 
 def _count(scene: Scene, lot: random.Random) -> Asked:
     by_shape = lot.random() < 0.65
-    there = [s.name if by_shape else s.colour for s in scene.shapes]
+    there = [shape.name if by_shape else shape.colour for shape in scene.shapes]
     every = list(SHAPES if by_shape else COLOURS)
     thing = lot.choice(there if there and lot.random() < 0.85 else every)
-    what = PLURALS[thing] if by_shape else f"{thing} object"
-    return f"how many {what} are there ?", str(there.count(thing))
+    if by_shape:
+        mention = Mention(2, scene.where(name=thing))
+        return f"how many {PLURALS[thing]} are there ?", str(len(mention.things)), (mention,)
+    mention = Mention(3, scene.where(colour=thing))
+    return f"how many {thing} object are there ?", str(len(mention.things)), (mention,)
 
 
 def _reading(scene: Scene, _: random.Random) -> Asked:
-    return None if scene.word is None else ("what word is printed ?", scene.word)
+    found = scene.where("word")
+    if not found:
+        return None
+    return "what word is printed ?", scene.things[found[0]].name, (Mention(3, found),)
 
 
 def _digit(scene: Scene, _: random.Random) -> Asked:
-    return None if scene.digit is None else ("what digit is written ?", str(scene.digit))
+    found = scene.where("digit")
+    if not found:
+        return None
+    return "what digit is written ?", scene.things[found[0]].name, (Mention(3, found),)
 
 
 def _relation(scene: Scene, lot: random.Random) -> Asked:
-    kinds = _kinds_of(scene)
-    single = [s for s in scene.shapes if kinds.count((s.colour, s.name)) == 1]
+    single = [
+        shape
+        for shape in scene.shapes
+        if len(scene.where(colour=shape.colour, name=shape.name)) == 1
+    ]
     if len(single) < 2:
         return None
     one, other = lot.sample(single, 2)
@@ -308,21 +350,45 @@ def _relation(scene: Scene, lot: random.Random) -> Asked:
         "above": other.y - one.y,
         "below": one.y - other.y,
     }[word]
-    if abs(far) < 16:  # too close to call
+    if abs(far) < 16 / SIZE * scene.image.width:  # too close to call
         return None
     question = f"is the {one.colour} {one.name} {word} the {other.colour} {other.name} ?"
-    return question, "yes" if far > 0 else "no"
+    mentions = (
+        Mention(3, scene.where(colour=one.colour, name=one.name)),
+        Mention(len(question.split()) - 2, scene.where(colour=other.colour, name=other.name)),
+    )
+    return question, "yes" if far > 0 else "no", mentions
 
 
 def _corner(scene: Scene, lot: random.Random) -> Asked:
-    inside: list[list[str]] = [[], [], [], []]
-    for shape in scene.shapes:
-        inside[2 * (shape.y > SIZE / 2) + (shape.x > SIZE / 2)].append(shape.name)
+    inside: list[list[int]] = [[], [], [], []]
+    middle = scene.image.width / 2
+    for index in scene.where():
+        thing = scene.things[index]
+        inside[2 * (thing.y > middle) + (thing.x > middle)].append(index)
     single = [corner for corner in range(4) if len(inside[corner]) == 1]
     if not single:
         return None
     corner = lot.choice(single)
-    return f"what shape is in the {CORNERS[corner]} ?", inside[corner][0]
+    shape = scene.things[inside[corner][0]].name
+    mention = Mention(6, tuple(inside[corner]))
+    return f"what shape is in the {CORNERS[corner]} ?", shape, (mention,)
+
+
+def _choice(scene: Scene, lot: random.Random) -> Asked:
+    absent = _absent(scene, lot.choice(("popular", "adversarial")))
+    if not scene.shapes or len(absent) < 3:
+        return None
+    right = lot.choice(scene.shapes)
+    options = [(right.colour, right.name), *lot.sample(absent, 3)]
+    lot.shuffle(options)
+    listed = " ".join(f"{x} {c} {s}" for x, (c, s) in zip(LETTERS, options, strict=True))
+    mentions = tuple(
+        Mention(7 + 3 * index, scene.where(colour=colour, name=shape))
+        for index, (colour, shape) in enumerate(options)
+    )
+    answer = LETTERS[options.index((right.colour, right.name))]
+    return f"which object is there ? {listed}", answer, mentions
 
 
 TASKS: dict[str, Callable[[Scene, random.Random], Asked]] = {
@@ -336,6 +402,7 @@ TASKS: dict[str, Callable[[Scene, random.Random], Asked]] = {
     "count": _count,
     "relation": _relation,
     "corner": _corner,
+    "choice": _choice,
 }
 
 

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shipped model's training: what is taught is true, a stopped run goes on, the result loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vllm_ficoco.tiny_llava import CHECKPOINT
+from vllm_ficoco.tiny_llava.lessons import NOTHING, PATCH, PHRASES, Lessons, make_lesson, phrase_of
+from vllm_ficoco.tiny_llava.muon import Muon
+from vllm_ficoco.tiny_llava.scenes import SceneMaker
+from vllm_ficoco.tiny_llava.train import main
+
+VOCABULARY = json.loads((CHECKPOINT / "tokenizer.json").read_text())["model"]["vocab"]
+WORDS = {number: word for word, number in VOCABULARY.items()}
+
+
+@pytest.mark.parametrize("grid", [12, 24])
+def test_a_lesson_tells_the_truth_about_its_scenes(grid: int) -> None:
+    maker = SceneMaker(5, side=grid * PATCH)
+    scenes = [maker.scene() for _ in range(6)]
+    asked = [list(maker.questions(scene)) for scene in scenes]
+    lesson = make_lesson(scenes, asked, VOCABULARY, grid)
+    for row, scene in enumerate(scenes):
+        shown = lesson.patch_phrase[row].view(grid, grid)
+        for thing in scene.things:
+            # Half a thing's mask or more covers the patch of its centre, rings aside.
+            if thing.name not in ("ring", "0") and thing.kind != "word":
+                at = int(thing.y // PATCH), int(thing.x // PATCH)
+                assert shown[at] in (phrase_of(thing), NOTHING), thing
+                assert lesson.centre[row].view(grid, grid)[at]
+            assert (shown == phrase_of(thing)).any(), thing
+        assert set(shown.unique().tolist()) <= {
+            NOTHING,
+            len(PHRASES),
+            *map(phrase_of, scene.things),
+        }
+        assert lesson.present[row].sum() == len(scene.things)
+        packed = {}
+        for number in range(1, int(lesson.segment[row].max()) + 1):
+            here = lesson.segment[row] == number
+            words = [WORDS[int(word)] for word in lesson.words[row, here]]
+            answer = [WORDS[int(w)] for w in lesson.target[row, here] if w != NOTHING]
+            packed[" ".join(words[: words.index("ASSISTANT:")])] = " ".join(answer)
+        assert packed
+        truth = {question.text: f"{question.answer} </s>" for question in asked[row]}
+        assert packed.items() <= truth.items()
+    for (row, word), things in zip(lesson.mention.tolist(), lesson.mentioned, strict=True):
+        name = WORDS[int(lesson.words[row, word])]
+        if name in {thing.name for thing in scenes[row].things}:  # not "object" or "printed"
+            found = {scenes[row].things[int(index)].name for index in things.nonzero()}
+            assert found <= {name}
+
+
+def test_batches_depend_on_seed_and_number_alone() -> None:
+    one, other = (Lessons(VOCABULARY, 3, 2, 12, seed=9)[2] for _ in range(2))
+    assert torch.equal(one.pixels, other.pixels)
+    assert torch.equal(one.words, other.words)
+    assert not torch.equal(one.pixels, Lessons(VOCABULARY, 3, 2, 12, seed=9)[1].pixels)
+
+
+def test_muon_makes_a_matrix_orthogonal_steps() -> None:
+    """Whatever the gradient's scale, all singular values of a step are about the rate."""
+    torch.manual_seed(0)
+    for shape in ((32, 64), (64, 32)):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        weight.grad = 1000 * torch.randn(shape)
+        Muon([{"params": [weight], "lr": 0.1}], 0.1).step()
+        scale = max(1, shape[0] / shape[1]) ** 0.5
+        values = torch.linalg.svdvals(weight.detach()) / (0.1 * scale)
+        assert values.min() > 0.5 and values.max() < 1.5
+        assert (weight.grad * weight).sum() < 0  # downhill
+
+
+def test_a_stopped_run_goes_on_to_the_same_model(tmp_path: Path) -> None:
+    options = ["--see-images=2", "--images=6", "--batch=2", "--no-compile", "--workers=0"]
+    options += ["--exam-images=2", "--device=cpu", f"--init={CHECKPOINT}"]
+    main(["train", "--out", str(tmp_path / "once"), *options])
+    first = main_until(tmp_path / "twice", options, steps=2)
+    assert first["step"] == 2 and first["stage"] == 1
+    main(["train", "--out", str(tmp_path / "twice"), *options])
+    once, twice = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "twice"))
+    assert once.keys() == twice.keys() == load_file(CHECKPOINT / "model.safetensors").keys()
+    for name, weight in once.items():
+        assert torch.equal(weight, twice[name]), name
+    start = load_file(CHECKPOINT / "model.safetensors")
+    assert not torch.equal(
+        once["language_model.lm_head.weight"], start["language_model.lm_head.weight"]
+    )
+
+
+def main_until(out: Path, options: list[str], steps: int) -> dict[str, int]:
+    """Train, and be stopped after so many steps of the second stage."""
+    from vllm_ficoco.tiny_llava import train
+
+    written = torch.save
+
+    class Stopped(Exception):
+        pass
+
+    def save_and_stop(state: dict[str, int], file: Path) -> None:
+        if out.joinpath("training.pt").exists():
+            last = torch.load(out / "training.pt", weights_only=True)
+            if (last["stage"], last["step"]) == (1, steps):
+                raise Stopped
+        written(state, file)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train.torch, "save", save_and_stop)
+        main(["train", "--out", str(out), "--save-every=0", *options])
+    state: dict[str, int] = torch.load(out / "training.pt", weights_only=True)
+    return state
+
+
+def test_a_larger_grid_trains_from_nothing(tmp_path: Path) -> None:
+    """The checkpoint's configuration and processor agree on the image's size."""
+    options = ["--see-images=2", "--images=2", "--batch=2", "--no-compile", "--workers=0"]
+    options += ["--exam-images=2", "--device=cpu", "--grid=16"]
+    main(["train", f"--out={tmp_path}", *options])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["vision_config"]["image_size"] == 224
+    assert config["image_seq_length"] == 256
+    processor = json.loads((tmp_path / "processor_config.json").read_text())
+    assert processor["image_processor"]["crop_size"] == {"height": 224, "width": 224}
+    weights = load_file(tmp_path / "model.safetensors")
+    assert len(weights["vision_tower.vision_model.embeddings.position_embedding.weight"]) == 257
+    assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
