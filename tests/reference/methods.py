@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 PLACE = {
     "ficoco-v": "tower",
+    "ficoco-k": "tower",
     "tome": "tower",
     "evit": "tower",
     "topk": "output",
@@ -31,7 +33,7 @@ PLACE = {
 }
 """Between attention and MLP of a layer, or on the output of the last layer."""
 
-PROPORTIONAL = {"tome"}
+PROPORTIONAL = {"ficoco-k", "tome"}
 """Methods under which every layer adds log(size) of a token to the scores of attending to it."""
 
 DEFAULTS = {
@@ -45,6 +47,7 @@ DEFAULTS = {
         "receivers": None,
         "weighted": True,
     },
+    "ficoco-k": {"protect": 0.5},
     "visionzip": {"contextual": 5 / 32},
     "prumerge": {"neighbours": 32},
     "random": {"seed": 0},
@@ -265,6 +268,32 @@ def quantile(values: list[float], q: float) -> float:
 
 def tome(image: Image, keep: int) -> Reduced:
     """Bipartite matching of arXiv 2210.09461: even tokens are A, odd ones B, key cosine."""
+    return paired(image, keep, lambda strength: strength)
+
+
+def ficoco_k(image: Image, keep: int, protect: float) -> Reduced:
+    """ToMe, but of the strengths, in deviations from their mean, those of the scaled products of
+    [CLS] with the keys are taken off, in theirs."""
+    looked = deviations(dict(enumerate(image.of_cls("logits"))))
+
+    def spared(strength: dict[int, float]) -> dict[int, float]:
+        alike = deviations(strength)
+        return {a: alike[a] - protect * looked[a] for a in strength}
+
+    return paired(image, keep, spared)
+
+
+def deviations(values: dict[int, float]) -> dict[int, float]:
+    """How many standard deviations each lies above the mean."""
+    mean = sum(values.values()) / len(values)
+    spread = math.sqrt(sum((x - mean) ** 2 for x in values.values()) / len(values))
+    return {key: (x - mean) / max(spread, 1e-6) for key, x in values.items()}
+
+
+def paired(
+    image: Image, keep: int, rank: Callable[[dict[int, float]], dict[int, float]]
+) -> Reduced:
+    """Merge the even tokens that rank highest, each into the odd one whose key is most alike."""
     keys = image.mean_keys()
     odd = range(1, image.n, 2)
     strength, partner = {}, {}
@@ -274,7 +303,8 @@ def tome(image: Image, keep: int) -> Reduced:
             similarity = likeness(keys[a], keys[b])
             if similarity > strength[a]:
                 strength[a], partner[a] = similarity, b
-    source = sorted(strength, key=lambda a: (-strength[a], a))[: image.n - keep]
+    order = rank(strength)
+    source = sorted(order, key=lambda a: (-order[a], a))[: image.n - keep]
     target = without(image.n, source)
     hidden, position, size = [], [], []
     for j in target:
@@ -437,6 +467,7 @@ def splitmix(x: int) -> int:
 
 FUNCTIONS = {
     "ficoco-v": ficoco_v,
+    "ficoco-k": ficoco_k,
     "tome": tome,
     "evit": evit,
     "topk": topk,
@@ -459,7 +490,7 @@ def stages(method: str, tokens: int, budget: int, layers: int) -> list[tuple[int
         return plan(
             tokens, [(layer, share + (layer - start < more)) for layer in range(start, layers)]
         )
-    if method == "tome":
+    if method in ("ficoco-k", "tome"):
         return plan(tokens, list(enumerate(halved(tokens, budget, layers))))
     if method == "evit":
         places = sorted({depth * layers // 12 for depth in (3, 6, 9)})

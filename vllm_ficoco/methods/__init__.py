@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from vllm_ficoco.methods.evit import EVIT
+from vllm_ficoco.methods.ficoco_k import FICOCO_K
 from vllm_ficoco.methods.ficoco_v import FICOCO_V
 from vllm_ficoco.methods.none import NONE
 from vllm_ficoco.methods.paradigm import Evidence, Method, Options, Tokens
@@ -20,6 +21,7 @@ METHODS: dict[str, Method] = {
     for method in (
         NONE,
         FICOCO_V,
+        FICOCO_K,
         TOME,
         EVIT,
         TOPK,
