@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy of every method at every budget, asked of a server or of an engine in this process.
 
-    vllm-ficoco serve tiny-llava &
-    python benchmarks/accuracy.py --base-url http://127.0.0.1:8000/v1
-    python benchmarks/accuracy.py --in-process tiny-llava     # no HTTP, for CI
+    python benchmarks/accuracy.py --serve tiny-llava --ablations         # RESULTS.md's tables
+    python benchmarks/accuracy.py --base-url http://127.0.0.1:8000/v1    # a server that runs
+    python benchmarks/accuracy.py --in-process tiny-llava                # no HTTP, as the tests do
 
 Questions to generated scenes (:mod:`vllm_ficoco.tiny_llava.scenes`), drawn from a fixed seed,
 greedy answers, exact match; existence tasks also as F1 of "yes", as POPE counts. Every answer is
-written to ``answers.jsonl`` as it comes, so a run that was stopped goes on where it was. At the end
-``results.json``, ``table.md`` and two plots are made from it.
+written to ``answers.jsonl`` as it comes, so a run that was stopped goes on where it was, and a run
+with other settings adds to it. From all that is there, ``results.json``, ``table.md``,
+``ablations.md`` and two plots are made.
 
 Needs the package's extra ``eval``.
 """
@@ -22,7 +23,15 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +43,24 @@ from vllm_ficoco.tiny_llava import CHECKPOINT
 from vllm_ficoco.tiny_llava.scenes import Question, Scene, SceneMaker
 
 SEED = 20_000
-"""Of the held-out scenes; training draws from smaller seeds."""
+"""Of the held-out scenes; training draws from seeds beyond a million."""
+
+ABLATIONS: tuple[dict[str, Any], ...] = (
+    {"lambda": 0.0},  # without local redundancy
+    {"lambda": 1.0},  # without task redundancy
+    {"coefficient": 1.0},  # without the penalty for neighbours
+    {"coefficient": 4.0},
+    {"receivers": 0},  # pruning alone
+    {"receivers": 1},
+    {"receivers": 2},
+    {"weighted": False, "epsilon": 0.95},  # averaged; several receivers, or there is no weight
+    {"epsilon": 0.95},
+    {"epsilon": 0.99},
+    {"normalise": False},
+    {"attention": "probabilities"},
+    {"attention": "probabilities", "normalise": False},
+)
+"""FiCoCo-V taken apart, as in its paper's tables 2, 6 and 7."""
 
 
 class Setting(NamedTuple):
@@ -49,6 +75,13 @@ class Setting(NamedTuple):
         """Key of the row in the results."""
         extra = json.dumps(self.options, sort_keys=True) if self.options else ""
         return f"{self.method}@{self.budget}{extra}"
+
+    @classmethod
+    def of(cls, name: str) -> Setting:
+        """The setting whose name that is."""
+        method, rest = name.split("@")
+        budget, brace, options = rest.partition("{")
+        return cls(method, int(budget), json.loads(brace + options) if brace else {})
 
     @property
     def reduction(self) -> dict[str, Any]:
@@ -80,6 +113,15 @@ def held_out(questions: int) -> list[tuple[Scene, Question]]:
 
 # --- Asking -------------------------------------------------------------------------------------
 
+
+@cache  # a scene is asked about many times, and encoding takes longer than the answer
+def data_url(scene: Scene) -> str:
+    """The image as a PNG in a URL."""
+    png = io.BytesIO()
+    scene.image.save(png, "PNG")
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
 Done = Callable[[int, Answer], None]
 """Called with the index of a question and its answer."""
 
@@ -94,7 +136,8 @@ async def ask_server(
 ) -> None:
     """Put questions to an OpenAI-compatible server, several at a time.
 
-    The client retries what a busy server refuses (429, 503) and what gets lost on the way.
+    The client retries what a busy server refuses (429, 503) and what gets lost on the way, each
+    time after a longer wait.
     """
     from openai import AsyncOpenAI
 
@@ -104,9 +147,7 @@ async def ask_server(
     ) as client:
 
         async def one(index: int, scene: Scene, question: Question) -> None:
-            png = io.BytesIO()
-            scene.image.save(png, "PNG")
-            url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+            url = data_url(scene)
             async with places:
                 response = await client.chat.completions.create(
                     model=model,
@@ -137,22 +178,58 @@ async def ask_server(
         await asyncio.gather(*(one(*question) for question in asked))
 
 
-class Engine:
-    """The same questions to an engine in this process."""
+@contextmanager
+def serving(model: str, arguments: Sequence[str]) -> Iterator[str]:
+    """A server of ours for a while; its base URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "ficoco_server.cli", "serve", model, "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--uvicorn-log-level", "warning", *arguments],
+        start_new_session=True,  # with all its workers, to be stopped together
+    )
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                if process.poll() is not None:
+                    raise SystemExit("the server did not start") from None
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(60)
 
-    def __init__(self, model: str) -> None:
+
+class Engine:
+    """The same questions to an engine in this process.
+
+    Args:
+        llm: vLLM's ``LLM``.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    @classmethod
+    def start(cls, model: str) -> Engine:
+        """With a new engine, in float32, which CPUs are quickest at."""
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 
-        self.llm = LLM(
+        llm = LLM(
             model=str(CHECKPOINT) if model == "tiny-llava" else model,
             max_model_len=512,
             dtype="float32",
             enforce_eager=True,
             limit_mm_per_prompt={"image": 1},
         )
+        return cls(llm)
 
     def ask(
         self, asked: Sequence[tuple[int, Scene, Question]], setting: Setting, done: Done
@@ -241,23 +318,35 @@ def summarise(
 def table(results: dict[str, dict[str, Any]], settings: Sequence[Setting]) -> str:
     """The results as markdown, in the style of the FiCoCo paper's table 3."""
     rows = [s for s in settings if s.name in results]
-    full = next((results[s.name]["average"] for s in rows if s.method == "none"), None)
+    full = next((r["average"] for name, r in results.items() if name.startswith("none@")), None)
     tasks = list(results[rows[0].name]["tasks"])
-    lines = [
-        f"| method | visual tokens | {' | '.join(tasks)} | average (95 %) | of full |",
-        "| --- " * (len(tasks) + 4) + "|",
+    options = any(s.options for s in rows)
+    heads = [
+        "method",
+        *(["options"] if options else []),
+        "visual tokens of KV",
+        "prefill FLOPs",
+        *tasks,
+        "existence F1",
+        "average (95 %)",
+        "of full",
     ]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for setting in rows:
         result = results[setting.name]
-        kept = ", ".join(map(str, result["visual_tokens_kept"]))
         low, high = (100 * edge for edge in result["interval"])
-        share = f"{100 * result['average'] / full:.1f}" if full else ""
-        options = f" `{json.dumps(setting.options)}`" if setting.options else ""
-        cells = " | ".join(f"{100 * result['tasks'].get(task, 0):.1f}" for task in tasks)
-        lines.append(
-            f"| {setting.method}{options} | {kept} | {cells} | "
-            f"{100 * result['average']:.1f} ({low:.1f} to {high:.1f}) | {share} |"
-        )
+        f1 = result["f1"].values()
+        cells = [
+            setting.method,
+            *([f"`{json.dumps(setting.options)}`" if setting.options else ""] if options else []),
+            ", ".join(map(str, result["visual_tokens_kept"])),
+            "" if result["flops_ratio"] is None else f"{result['flops_ratio']:.2f}",
+            *(f"{100 * result['tasks'].get(task, 0):.1f}" for task in tasks),
+            f"{100 * sum(f1) / len(f1):.1f}" if f1 else "",
+            f"{100 * result['average']:.1f} ({low:.1f} to {high:.1f})",
+            f"{100 * result['average'] / full:.1f}" if full else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -333,16 +422,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--base-url", help="an OpenAI-compatible server, with /v1")
+    where.add_argument("--serve", metavar="MODEL", help="start a server for it, and stop it")
     where.add_argument("--in-process", metavar="MODEL", help="an engine without HTTP")
+    parser.add_argument("--serve-args", default="--dtype float32", help="more flags of the server")
     parser.add_argument("--model", default="tiny-llava", help="name of the model on the server")
     parser.add_argument("--methods", default=",".join(m for m in METHODS if m != "none"))
     parser.add_argument("--budgets", default="48,32,16,8")
     parser.add_argument("--tokens", type=int, default=144, help="of an unreduced image")
     parser.add_argument("--options", help="JSON; for every method named with --methods")
+    parser.add_argument("--ablations", action="store_true", help="FiCoCo-V taken apart, too")
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("reports/accuracy"))
     parser.add_argument("--kv-bytes", type=int, default=6144, help="of a token, for the plot")
+    parser.add_argument("--record", type=Path, help="write the averages here, for the tests")
     args = parser.parse_args()
     settings = settings_of(
         args.methods.split(","), [int(b) for b in args.budgets.split(",")], args.tokens
@@ -350,6 +443,9 @@ def main() -> None:
     if args.options:
         options = json.loads(args.options)
         settings = [s._replace(options=options) if s.method != "none" else s for s in settings]
+    if args.ablations:
+        thirds = (args.tokens // 3, args.tokens // 9)
+        settings += [Setting("ficoco-v", b, o) for o in ABLATIONS for b in thirds]
     for setting in settings:
         Reduction.parse(setting.reduction)
     asked = held_out(args.questions)
@@ -361,8 +457,13 @@ def main() -> None:
         for s in settings
     ]
     total = sum(len(questions) for _, questions in missing)
-    engine = Engine(args.in_process) if args.in_process and total else None
-    with log.open("a") as out, tqdm(total=total, unit="question") as bar:
+    engine = Engine.start(args.in_process) if args.in_process and total else None
+    server = (
+        serving(args.serve, args.serve_args.split())
+        if args.serve and total
+        else nullcontext(args.base_url)
+    )
+    with server as url, log.open("a") as out, tqdm(total=total, unit="question") as bar:
         for setting, questions in missing:
             bar.set_description(setting.name)
 
@@ -379,22 +480,29 @@ def main() -> None:
                 for start in range(0, len(questions), 128):
                     engine.ask(questions[start : start + 128], setting, done)
             else:
-                asyncio.run(
-                    ask_server(
-                        args.base_url, args.model, questions, setting, args.concurrency, done
-                    )
-                )
+                asyncio.run(ask_server(url, args.model, questions, setting, args.concurrency, done))
     results = summarise(answers, asked)
+    found = [Setting.of(name) for name in answers]
+    order = ["none", *METHODS]
+    found.sort(key=lambda s: (order.index(s.method), json.dumps(s.options), -s.budget))
+    plain = [s for s in found if not s.options]
     wrong = [
         (s.name, results[s.name]["visual_tokens_kept"])
-        for s in settings
+        for s in found
         if results[s.name]["visual_tokens_kept"] != [s.budget]
     ]
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
-    (args.out / "table.md").write_text(table(results, settings))
-    plot(results, settings, 0, args.out / "accuracy-by-tokens.png")
-    plot(results, settings, args.kv_bytes, args.out / "accuracy-by-kv.png")
+    (args.out / "table.md").write_text(table(results, plain))
+    (args.out / "ablations.md").write_text(
+        table(results, [s for s in found if s.method == "ficoco-v"])
+    )
+    plot(results, plain, 0, args.out / "accuracy-by-tokens.png")
+    plot(results, plain, args.kv_bytes, args.out / "accuracy-by-kv.png")
     print(table(results, settings))
+    if args.record is not None:
+        averages = {s.name: results[s.name]["average"] for s in settings}
+        recorded = {"questions": args.questions, "averages": averages}
+        args.record.write_text(json.dumps(recorded, indent=1) + "\n")
     if wrong:
         raise SystemExit(f"other visual tokens were held than asked for: {wrong}")
 

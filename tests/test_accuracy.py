@@ -3,32 +3,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from vllm_ficoco.settings import Reduction
 from vllm_ficoco.tiny_llava import CHECKPOINT
-from vllm_ficoco.tiny_llava.scenes import TASKS, Scene, SceneMaker, Shape
+from vllm_ficoco.tiny_llava.scenes import TASKS, Scene, SceneMaker, Thing
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def accuracy() -> ModuleType:
-    """``benchmarks/accuracy.py``, which is a command and not part of a package."""
-    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "benchmarks/accuracy.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["accuracy"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_same_seed_draws_the_same(accuracy: ModuleType) -> None:
@@ -67,12 +56,12 @@ def test_answers_are_right() -> None:
     scene = Scene(
         Image.new("RGB", (168, 168)),
         [
-            Shape("red", "star", 30, 40, 20),
-            Shape("blue", "star", 130, 40, 20),
-            Shape("red", "ring", 30, 130, 20),
+            Thing("word", "green", "owl", 100, 100),
+            Thing("shape", "red", "star", 30, 40),
+            Thing("shape", "blue", "star", 130, 40),
+            Thing("digit", "white", "7", 100, 140),
+            Thing("shape", "red", "ring", 30, 130),
         ],
-        word="owl",
-        digit=7,
     )
     right = {
         "is there a red star ?": "yes",
@@ -96,25 +85,64 @@ def test_answers_are_right() -> None:
         "what shape is in the top right ?": "star",
         "what shape is in the bottom left ?": "ring",
     }
+    mentioned = {
+        "is there a red star ?": [("star", {1})],
+        "is there a blue ring ?": [("ring", set())],
+        "how many stars are there ?": [("stars", {1, 2})],
+        "how many red object are there ?": [("object", {1, 4})],
+        "what word is printed ?": [("printed", {0})],
+        "what digit is written ?": [("written", {3})],
+        "is the red ring above the red star ?": [("ring", {4}), ("star", {1})],
+        "is the red star left of the blue star ?": [("star", {1}), ("star", {2})],
+        "what shape is in the bottom left ?": [("left", {4})],
+    }
     seen = set()
     for seed in range(300):
         for task, ask in TASKS.items():
             asked = ask(scene, random.Random(seed))
             if asked is None:
                 continue
-            question, answer = asked
+            question, answer, mentions = asked
+            named = [(question.split()[m.word], set(m.things)) for m in mentions]
+            assert named == mentioned.get(question, named), question
+            if task == "choice":
+                things = dict(zip("ABCD", (m.things for m in mentions), strict=True))
+                assert [letter for letter, found in things.items() if found] == [answer]
             if question in right:
                 assert answer == right[question], question
                 seen.add(question)
             elif task.startswith("existence") or question.startswith("how many"):
                 assert answer in ("no", "0"), question
     assert seen == set(right)
-    negatives = {
-        ask(scene, random.Random(seed))
-        for seed in range(300)
-        for ask in [TASKS["existence-adversarial"]]
-    }
-    assert {q for q, a in negatives if a == "no"} == {"is there a blue ring ?"}
+    ask = TASKS["existence-adversarial"]
+    negatives = [asked for seed in range(300) if (asked := ask(scene, random.Random(seed)))]
+    assert {q for q, a, _ in negatives if a == "no"} == {"is there a blue ring ?"}
+
+
+def test_a_setting_is_found_by_its_name(accuracy: ModuleType) -> None:
+    for setting in (
+        accuracy.Setting("none", 144),
+        accuracy.Setting("ficoco-v", 16, {"lambda": 0.0, "attention": "probabilities"}),
+    ):
+        assert accuracy.Setting.of(setting.name) == setting
+
+
+def test_the_ablations_are_options_that_there_are(accuracy: ModuleType) -> None:
+    for options in accuracy.ABLATIONS:
+        Reduction.parse(accuracy.Setting("ficoco-v", 16, options).reduction)
+
+
+def test_lmms_eval_reads_the_configuration() -> None:
+    """One run a document, with fields that its command line knows, and our own address."""
+    runs = yaml.safe_load((ROOT / "benchmarks/lmms-eval.yaml").read_text())
+    assert runs
+    for run in runs:
+        assert set(run) <= {"model", "model_args", "tasks", "log_samples", "output_path", "limit"}
+        arguments = dict(part.split("=", 1) for part in run["model_args"].split(","))
+        assert run["model"] == "openai"
+        assert arguments["base_url"].endswith(":8000/v1")
+        assert {"model_version", "api_key"} <= set(arguments)
+        assert all(run["tasks"].split(","))
 
 
 def test_interval_is_wilsons(accuracy: ModuleType) -> None:
@@ -145,6 +173,7 @@ def test_a_table_has_a_row_for_every_setting(accuracy: ModuleType, tmp_path: Pat
     assert results["topk@16"]["average"] < results["topk@48"]["average"] < 1
     rows = accuracy.table(results, settings).splitlines()
     assert len(rows) == 5
-    assert rows[2].startswith("| none | 144 | 100.0 |")
+    assert rows[2].startswith("| none | 144 |  | 100.0 |")
+    assert rows[4].startswith("| topk | 16 |  | ")
     accuracy.plot(results, settings, 6144, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
