@@ -40,7 +40,7 @@ from tqdm import tqdm
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.tiny_llava import CHECKPOINT
-from vllm_ficoco.tiny_llava.scenes import Question, Scene, SceneMaker
+from vllm_ficoco.tiny_llava.scenes import TASKS, Question, Scene, SceneMaker
 
 SEED = 20_000
 """Of the held-out scenes; training draws from seeds beyond a million."""
@@ -292,7 +292,9 @@ def summarise(
             question = asked[index][1]
             by_task.setdefault(question.task, []).append((answer.text.strip(), question.answer))
         tasks = {
-            task: sum(a == b for a, b in pairs) / len(pairs) for task, pairs in by_task.items()
+            task: sum(a == b for a, b in by_task[task]) / len(by_task[task])
+            for task in TASKS
+            if task in by_task
         }
         average = sum(tasks.values()) / len(tasks)
         total = len(given)
@@ -443,8 +445,8 @@ def main() -> None:
     if args.options:
         options = json.loads(args.options)
         settings = [s._replace(options=options) if s.method != "none" else s for s in settings]
+    thirds = (args.tokens // 3, args.tokens // 9)
     if args.ablations:
-        thirds = (args.tokens // 3, args.tokens // 9)
         settings += [Setting("ficoco-v", b, o) for o in ABLATIONS for b in thirds]
     for setting in settings:
         Reduction.parse(setting.reduction)
@@ -484,7 +486,7 @@ def main() -> None:
     results = summarise(answers, asked)
     found = [Setting.of(name) for name in answers]
     order = ["none", *METHODS]
-    found.sort(key=lambda s: (order.index(s.method), json.dumps(s.options), -s.budget))
+    found.sort(key=lambda s: (order.index(s.method), s.name.partition("{")[2], -s.budget))
     plain = [s for s in found if not s.options]
     wrong = [
         (s.name, results[s.name]["visual_tokens_kept"])
@@ -494,7 +496,7 @@ def main() -> None:
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
     (args.out / "table.md").write_text(table(results, plain))
     (args.out / "ablations.md").write_text(
-        table(results, [s for s in found if s.method == "ficoco-v"])
+        table(results, [s for s in found if s.method == "ficoco-v" and s.budget in thirds])
     )
     plot(results, plain, 0, args.out / "accuracy-by-tokens.png")
     plot(results, plain, args.kv_bytes, args.out / "accuracy-by-kv.png")

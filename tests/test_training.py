@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,23 +79,30 @@ def test_muon_makes_a_matrix_orthogonal_steps() -> None:
 
 
 def test_a_stopped_run_goes_on_to_the_same_model(tmp_path: Path) -> None:
+    """The steps behind the stop go where they would have gone; sums over threads may round."""
     options = ["--see-images=2", "--images=6", "--batch=2", "--no-compile", "--workers=0"]
     options += ["--exam-images=2", "--device=cpu", f"--init={CHECKPOINT}"]
     main(["train", "--out", str(tmp_path / "once"), *options])
-    first = main_until(tmp_path / "twice", options, steps=2)
-    assert first["step"] == 2 and first["stage"] == 1
+    stopped = main_until(tmp_path / "twice", options, steps=2)
+    assert stopped["step"] == 2 and stopped["stage"] == 1
     main(["train", "--out", str(tmp_path / "twice"), *options])
-    once, twice = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "twice"))
-    assert once.keys() == twice.keys() == load_file(CHECKPOINT / "model.safetensors").keys()
-    for name, weight in once.items():
-        assert torch.equal(weight, twice[name]), name
-    start = load_file(CHECKPOINT / "model.safetensors")
-    assert not torch.equal(
-        once["language_model.lm_head.weight"], start["language_model.lm_head.weight"]
-    )
+    once, twice = (weights_in_training(tmp_path / name) for name in ("once", "twice"))
+    assert once.keys() == twice.keys() == stopped["pupil"].keys()
+    moved = sum(float((once[name] - stopped["pupil"][name]).square().sum()) for name in once)
+    apart = sum(float((once[name] - twice[name]).square().sum()) for name in once)
+    assert moved > 0
+    assert apart < 0.1**2 * moved
+    names = [load_file(tmp_path / name / "model.safetensors").keys() for name in ("once", "twice")]
+    assert names[0] == names[1] == load_file(CHECKPOINT / "model.safetensors").keys()
 
 
-def main_until(out: Path, options: list[str], steps: int) -> dict[str, int]:
+def weights_in_training(out: Path) -> dict[str, torch.Tensor]:
+    """Not rounded to the checkpoint's bfloat16, in which a step or two would not show."""
+    state: dict[str, Any] = torch.load(out / "training.pt", weights_only=True)
+    return {name: weight.float() for name, weight in state["pupil"].items()}
+
+
+def main_until(out: Path, options: list[str], steps: int) -> dict[str, Any]:
     """Train, and be stopped after so many steps of the second stage."""
     from vllm_ficoco.tiny_llava import train
 
@@ -103,7 +111,7 @@ def main_until(out: Path, options: list[str], steps: int) -> dict[str, int]:
     class Stopped(Exception):
         pass
 
-    def save_and_stop(state: dict[str, int], file: Path) -> None:
+    def save_and_stop(state: dict[str, Any], file: Path) -> None:
         if out.joinpath("training.pt").exists():
             last = torch.load(out / "training.pt", weights_only=True)
             if (last["stage"], last["step"]) == (1, steps):
@@ -113,7 +121,7 @@ def main_until(out: Path, options: list[str], steps: int) -> dict[str, int]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(train.torch, "save", save_and_stop)
         main(["train", "--out", str(out), "--save-every=0", *options])
-    state: dict[str, int] = torch.load(out / "training.pt", weights_only=True)
+    state: dict[str, Any] = torch.load(out / "training.pt", weights_only=True)
     return state
 
 

@@ -21,7 +21,7 @@ The paper does not say what A is numerically. ``attention`` chooses:
   (1 - A_i,cls) / n, nearly constant, so the first term says little.
 
 ``normalise`` divides both terms of s by their length over the tokens, which puts them on one
-scale. The defaults are what measured best (benchmarks/RESULTS.md).
+scale; the authors do. ``logits`` is the default because it measures better (benchmarks/RESULTS.md).
 
 Deviations: the start layer is a share of the depth that runs (the paper's 12th of CLIP-L's 24, of
 which LLaVA runs 23); what leaves per layer follows from the budget (the authors: 42). Without
