@@ -17,19 +17,31 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
     SiglipVisionConfig,
 )
 
 from vllm_ficoco.tiny_llava import CHECKPOINT as SHIPPED
 
+TEXT = {
+    "llama": (LlamaConfig, {"head_dim": 32}),
+    "mistral": (MistralConfig, {"head_dim": 32, "sliding_window": None}),
+    "qwen2": (Qwen2Config, {}),
+}
 
-def random_llava(path: Path, tower: str = "clip", seed: int = 0) -> Path:
+
+def random_llava(
+    path: Path, tower: str = "clip", seed: int = 0, decoder_layers: int = 3, text: str = "llama"
+) -> Path:
     """A LLaVA with a 12 x 12 grid, 8 tower layers that run and 4 heads everywhere.
 
     Args:
         path: folder to make it in.
         tower: ``clip`` or ``siglip``.
         seed: of the weights.
+        decoder_layers: of the language model.
+        text: its kind, one of ``TEXT``.
     """
     torch.manual_seed(seed)
     common = dict(
@@ -41,22 +53,23 @@ def random_llava(path: Path, tower: str = "clip", seed: int = 0) -> Path:
         patch_size=14,
     )
     vision = (CLIPVisionConfig if tower == "clip" else SiglipVisionConfig)(**common)
-    text = LlamaConfig(
+    text_class, more = TEXT[text]
+    text_config = text_class(
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=3,
+        num_hidden_layers=decoder_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
         vocab_size=108,
         max_position_embeddings=2048,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
+        **more,
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=text,
+        text_config=text_config,
         image_token_index=4,
         image_seq_length=144,
         vision_feature_layer=-2,

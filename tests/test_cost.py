@@ -72,10 +72,10 @@ def test_layers_may_see_different_counts() -> None:
 
 def test_ratio() -> None:
     """One when nothing leaves, the quotient of the prefills otherwise, always falling."""
-    assert prefill_flops_ratio(TEXT, 576, 576, LLAVA_7B) == 1.0
-    got = prefill_flops_ratio(TEXT, 576, 64, LLAVA_7B)
+    assert prefill_flops_ratio([636] * 32, 636, LLAVA_7B) == 1.0
+    got = prefill_flops_ratio([124] * 32, 636, LLAVA_7B)
     want = prefill_flops([124] * 32, LLAVA_7B) / prefill_flops([636] * 32, LLAVA_7B)
     assert got == pytest.approx(want)
     assert got == pytest.approx(1.6 / 8.5, abs=0.01)
-    ratios = [prefill_flops_ratio(TEXT, 576, kept, LLAVA_7B) for kept in range(1, 577)]
+    ratios = [prefill_flops_ratio([TEXT + kept] * 32, 636, LLAVA_7B) for kept in range(1, 577)]
     assert ratios == sorted(ratios)

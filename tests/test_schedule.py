@@ -14,7 +14,7 @@ from vllm_ficoco import schedule
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.methods.visionzip import VisionZipOptions
 
-REDUCING = sorted(set(METHODS) - {"none"})
+REDUCING = sorted(m.name for m in METHODS.values() if m.name != "none" and not m.decoder)
 HALVING = {"ficoco-k", "tome"}
 """Methods that can let go of no more than half of the tokens at a layer."""
 
@@ -230,3 +230,11 @@ def test_windows_are_square_where_they_can_be() -> None:
     for count, side in ((1, 24), (4, 12), (16, 6), (64, 3), (144, 2), (576, 1)):
         for top, bottom, left, right in schedule.windows((24, 24), count):
             assert bottom - top == right - left == side
+
+
+def test_groups_are_equally_large_and_as_vllm_makes_them() -> None:
+    assert schedule.groups([32]) == [1]
+    assert schedule.groups([2, 20, 10]) == [1, 10, 5]
+    assert schedule.groups([8, 8, 8, 8]) == [1, 1, 1, 1]
+    assert schedule.groups([3, 4, 4]) == [1, 1, 1], "one layer of padding"
+    assert schedule.groups([2, 3, 3]) == [1, 2, 2], "too much padding"

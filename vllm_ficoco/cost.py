@@ -48,6 +48,7 @@ def prefill_flops(tokens_per_layer: Sequence[int], decoder: Decoder) -> int:
     return sum(layer_flops(tokens, decoder) for tokens in tokens_per_layer)
 
 
-def prefill_flops_ratio(text: int, before: int, kept: int, decoder: Decoder) -> float:
-    """Prefill FLOPs with ``kept`` visual tokens in every layer, over those with ``before``."""
-    return layer_flops(text + kept, decoder) / layer_flops(text + before, decoder)
+def prefill_flops_ratio(tokens_per_layer: Sequence[int], unreduced: int, decoder: Decoder) -> float:
+    """FLOPs of that prefill over those with ``unreduced`` tokens in every layer."""
+    whole = len(tokens_per_layer) * layer_flops(unreduced, decoder)
+    return prefill_flops(tokens_per_layer, decoder) / whole

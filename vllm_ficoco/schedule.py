@@ -8,6 +8,10 @@ counts alone and ends at exactly the budget. Nothing here looks at a tensor.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 
@@ -103,3 +107,87 @@ def windows(grid: tuple[int, int], count: int) -> list[tuple[int, int, int, int]
         for i in range(here):
             cuts.append((top, bottom, i * columns // here, (i + 1) * columns // here))
     return cuts
+
+
+# --- Stages of the decoder ----------------------------------------------------------------------
+
+
+def spans(starts: Sequence[int], layers: int) -> list[int]:
+    """How many layers every stage has: those before the first start, then one entry a start."""
+    edges = [0, *starts, layers]
+    return [end - start for start, end in pairwise(edges)]
+
+
+def groups(spans: Sequence[int]) -> list[int]:
+    """How many KV cache groups vLLM makes of the layers of every stage.
+
+    All its groups have equally many layers: as many as the shortest stage, or as the longest where
+    that has less than half as many more; the last group of a stage may be padded.
+    """
+    shortest, longest = min(spans), max(spans)
+    size = longest if longest < 1.5 * shortest else shortest
+    return [math.ceil(span / size) for span in spans]
+
+
+def nearest_stages(
+    starts: Sequence[int], layers: int, wanted: Sequence[int], of: int
+) -> tuple[int, ...]:
+    """Which stages lie nearest to the depths at which a method is published.
+
+    Args:
+        starts: first layer of every stage.
+        layers: of this decoder.
+        wanted: the published layers, ascending; no more of them than there are stages.
+        of: layers of the decoder that they are published for.
+
+    Returns:
+        As many stages, counted from 1, ascending.
+    """
+
+    def distance(chosen: tuple[int, ...]) -> int:
+        pairs = zip(chosen, wanted, strict=True)
+        return sum(abs(starts[stage - 1] * of - layer * layers) for stage, layer in pairs)
+
+    return min(combinations(range(1, len(starts) + 1), len(wanted)), key=distance)
+
+
+def total_over_layers(kept: Sequence[int], spans: Sequence[int]) -> int:
+    """Tokens that all layers hold together: ``kept[i]`` in each of ``spans[i]`` layers."""
+    return sum(tokens * layers for tokens, layers in zip(kept, spans, strict=True))
+
+
+def average_over_layers(kept: Sequence[int], spans: Sequence[int]) -> Fraction:
+    """Tokens that a layer holds on average."""
+    return Fraction(total_over_layers(kept, spans), sum(spans))
+
+
+def within_average(
+    budget: int, spans: Sequence[int], most: int, kept: Callable[[int], Sequence[int]]
+) -> list[int]:
+    """The largest of a family of schedules whose average over layers is within the budget.
+
+    Args:
+        budget: tokens that a layer may hold on average.
+        spans: layers of every stage.
+        most: the family's last member.
+        kept: the family: tokens in every stage, not fewer for a larger argument from 0 to ``most``.
+
+    Raises:
+        ValueError: none is; the message names the smallest budget that one would reach.
+    """
+    smallest = math.ceil(average_over_layers(kept(0), spans))
+    if budget < smallest:
+        raise ValueError(
+            f"at least {smallest}, the average over {sum(spans)} layers where these stages keep as "
+            "little as they can"
+        )
+    layers = sum(spans)
+    fitting = bisect_right(
+        range(most + 1), budget * layers, key=lambda i: total_over_layers(kept(i), spans)
+    )
+    return list(kept(fitting - 1))
+
+
+def equal_shares(tokens: int, first: int, stages: int) -> list[int]:
+    """``first`` tokens after the first stage, and in each further one as small a share again."""
+    return [first**i // tokens ** (i - 1) for i in range(1, stages + 1)]

@@ -67,8 +67,9 @@ class Reduction(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     method: str = DEFAULT_METHOD
-    budget: int
-    """Visual tokens of an image to keep. An image that has no more than that is not reduced."""
+    budget: int | None = None
+    """Visual tokens of an image to keep, on average over the decoder's layers. An image that has no
+    more than that is not reduced. None where ``options.tokens`` says what each stage keeps."""
     options: dict[str, Any] = {}
 
     @field_validator("method")
@@ -80,8 +81,8 @@ class Reduction(BaseModel):
 
     @field_validator("budget")
     @classmethod
-    def _sensible_budget(cls, budget: int) -> int:
-        if not 1 <= budget <= MAX_BUDGET:
+    def _sensible_budget(cls, budget: int | None) -> int | None:
+        if budget is not None and not 1 <= budget <= MAX_BUDGET:
             raise SettingsError("budget", budget, _BUDGET_RANGE)
         return budget
 
@@ -96,6 +97,11 @@ class Reduction(BaseModel):
             name: value + 0.0 if isinstance(value, float) else value
             for name, value in sorted(options.model_dump(mode="json").items())
         }
+        tokens = canonical.get("tokens")
+        if tokens is None and self.budget is None and self.method != NO_REDUCTION:
+            raise SettingsError("budget", None, _BUDGET_RANGE)
+        if tokens is not None and self.budget is not None:
+            raise SettingsError("budget", self.budget, "left out where options.tokens is given")
         # The model is frozen for its users; here it is still being made.
         object.__setattr__(self, "options", canonical)
         if self.method == NO_REDUCTION:
@@ -118,10 +124,6 @@ class Reduction(BaseModel):
         if not isinstance(value, Mapping):
             raise SettingsError(field, value, "an object with method, budget and options")
         given = {k: v for k, v in value.items() if v is not None}
-        if given.get("method") == NO_REDUCTION:
-            given.setdefault("budget", MAX_BUDGET)
-        if "budget" not in given:
-            raise SettingsError(f"{field}.budget", None, _BUDGET_RANGE)
         try:
             return cls.model_validate(given)
         except ValidationError as error:
@@ -153,7 +155,8 @@ class Reduction(BaseModel):
 
     def for_tokens(self, tokens: int) -> Reduction | None:
         """These settings for an image of so many visual tokens; None where nothing is reduced."""
-        return None if self.method == NO_REDUCTION or self.budget >= tokens else self
+        whole = self.budget is not None and self.budget >= tokens
+        return None if self.method == NO_REDUCTION or whole else self
 
     def parsed_options(self) -> Any:
         """The options as the method's own model."""

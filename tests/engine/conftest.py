@@ -79,6 +79,15 @@ class Engine:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
     @property
+    def asynchronous(self) -> bool:
+        """Whether vLLM's scheduler is the asynchronous one, on Model Runner V2."""
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+        runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        v2 = type(runner).__module__.startswith("vllm.v1.worker.cpu.")
+        return v2 and isinstance(self.scheduler, AsyncScheduler)
+
+    @property
     def model(self) -> Any:
         return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
 

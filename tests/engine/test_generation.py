@@ -14,7 +14,7 @@ from vllm_ficoco.methods import METHODS
 
 pytestmark = pytest.mark.engine
 
-REDUCING = [name for name in METHODS if name != "none"]
+REDUCING = [name for name, m in METHODS.items() if name != "none" and not m.decoder]
 
 OPTIONS = [
     ("ficoco-v", {"attention": "probabilities", "normalise": False}),
@@ -95,6 +95,20 @@ def test_chunks_and_preemption_change_nothing(
     assert tight_engine.free_blocks == free
     for ask, output in zip(asks, outputs, strict=True):
         check(reference, ask, output)
+
+
+def test_without_stages_scheduler_attention_and_kv_cache_are_vllms_own(engine: Engine) -> None:
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    assert type(engine.scheduler).__module__.startswith("vllm.")
+    (manager,) = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+    assert type(manager).__module__.startswith("vllm.")
+    assert type(manager.kv_cache_spec) is FullAttentionSpec
+    assert engine.model.staged_decoder is None
+    for layer in engine.model.language_model.model.layers:
+        assert type(layer.self_attn.attn) is Attention
+        assert layer.self_attn.attn.attn_backend.__module__.startswith("vllm.")
 
 
 def test_n_samples_share_the_reduced_prompt(engine: Engine) -> None:

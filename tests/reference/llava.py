@@ -36,7 +36,8 @@ class ReferenceLlava:
     def visual_tokens(
         self, image: Image.Image, method: str = "none", budget: int = 0, options: dict | None = None
     ) -> Tensor:
-        """(kept, hidden size of the decoder)"""
+        """(kept, hidden size of the decoder); ``self.place`` then has their grid places,
+        ``self.pixels`` the image."""
         pixels = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
         x = self.tower.embeddings(pixels)
         if hasattr(self.tower, "pre_layrnorm"):
@@ -75,7 +76,27 @@ class ReferenceLlava:
                 x = torch.cat([x[:first], hidden.to(x.dtype)])
             if not (here and PLACE[method] == "output"):
                 x = mlp(x)
+        self.place, self.pixels = place, pixels[0]
         return self.model.model.multi_modal_projector(x[first:])
+
+    @torch.no_grad()
+    def embed(self, prompt: str, visual: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """The prompt, (T, D), and where its images begin and end.
+
+        Args:
+            prompt: with one ``<image>`` an image.
+            visual: of every image.
+        """
+        ids = self.processor.tokenizer(prompt, return_tensors="pt")["input_ids"][0]
+        words = self.model.get_input_embeddings()(ids)
+        images, token = iter(visual), self.model.config.image_token_index
+        parts, places = [], []
+        for number, word in zip(ids, words, strict=True):
+            start = sum(map(len, parts))
+            parts.append(next(images) if number == token else word[None])
+            if number == token:
+                places.append((start, start + len(parts[-1])))
+        return torch.cat(parts), places
 
     @torch.no_grad()
     def generate(self, prompt: str, visual: list[Tensor], new_tokens: int) -> tuple[list[int], int]:
@@ -86,12 +107,8 @@ class ReferenceLlava:
             visual: of every image.
             new_tokens: how many to make; the end of the text is ignored.
         """
-        ids = self.processor.tokenizer(prompt, return_tensors="pt")["input_ids"][0]
-        words = self.model.get_input_embeddings()(ids)
-        images = iter(visual)
-        token = self.model.config.image_token_index
-        parts = [next(images) if i == token else w[None] for i, w in zip(ids, words, strict=True)]
-        embeds = torch.cat(parts)[None]
+        embeds = self.embed(prompt, visual)[0][None]
+        length = embeds.shape[1]
         made: list[int] = []
         cache = None
         for _ in range(new_tokens):
@@ -101,4 +118,4 @@ class ReferenceLlava:
             cache = out.past_key_values
             made.append(int(self.model.lm_head(out.last_hidden_state[0, -1]).argmax()))
             embeds = self.model.get_input_embeddings()(torch.tensor([[made[-1]]]))
-        return made, sum(len(p) for p in parts)
+        return made, length

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -441,16 +441,19 @@ def random(image: Image, keep: int, seed: int) -> Reduced:
     signed number) times mix((place + 1) * step). The lot of a token is mix(mix(number + seed) +
     (place + 1) * step) as a signed number. All modulo 2 ** 64. The highest lots leave.
     """
+    lots_of = lots(image.pixels, image.position, seed)
+    return kept(image, without(image.n, ranked(lots_of)[: image.n - keep]))
+
+
+def lots(pixels: Tensor, places: Sequence[int], seed: int) -> list[int]:
+    """The lot of the token at each place, see :func:`random`."""
     number = 0
-    for place, value in enumerate(image.pixels.flatten().tolist()):
+    for place, value in enumerate(pixels.flatten().tolist()):
         (bits,) = struct.unpack("<i", struct.pack("<f", value))
         number += bits * splitmix((place + 1) * STEP)
     start = splitmix(number + seed)
-    lots = []
-    for place in image.position:
-        lot = splitmix(start + (place + 1) * STEP)
-        lots.append(lot - 2**64 if lot >= 2**63 else lot)
-    return kept(image, without(image.n, ranked(lots)[: image.n - keep]))
+    drawn = [splitmix(start + (place + 1) * STEP) for place in places]
+    return [lot - 2**64 if lot >= 2**63 else lot for lot in drawn]
 
 
 STEP = 0x9E3779B97F4A7C15

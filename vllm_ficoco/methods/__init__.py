@@ -3,18 +3,29 @@
 
 from __future__ import annotations
 
+from vllm_ficoco.methods.a_score import A_SCORE
+from vllm_ficoco.methods.dart import DART
 from vllm_ficoco.methods.evit import EVIT
+from vllm_ficoco.methods.fastv import FASTV
 from vllm_ficoco.methods.ficoco_k import FICOCO_K
+from vllm_ficoco.methods.ficoco_l import FICOCO_L
 from vllm_ficoco.methods.ficoco_v import FICOCO_V
+from vllm_ficoco.methods.ficoco_vl import FICOCO_VL
+from vllm_ficoco.methods.k_norm import K_NORM
 from vllm_ficoco.methods.none import NONE
 from vllm_ficoco.methods.paradigm import Evidence, Method, Options, Tokens
 from vllm_ficoco.methods.pooling import POOLING
 from vllm_ficoco.methods.prumerge import PRUMERGE
+from vllm_ficoco.methods.pyramiddrop import PYRAMIDDROP
 from vllm_ficoco.methods.random import RANDOM
+from vllm_ficoco.methods.random_decoder import RANDOM_DECODER
+from vllm_ficoco.methods.sparsevlm import SPARSEVLM
 from vllm_ficoco.methods.tome import TOME
 from vllm_ficoco.methods.topk import TOPK
 from vllm_ficoco.methods.uniform import UNIFORM
+from vllm_ficoco.methods.v_norm import V_NORM
 from vllm_ficoco.methods.visionzip import VISIONZIP
+from vllm_ficoco.methods.vitcop import VITCOP
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -30,6 +41,17 @@ METHODS: dict[str, Method] = {
         POOLING,
         UNIFORM,
         RANDOM,
+        FICOCO_L,
+        FICOCO_VL,
+        FASTV,
+        SPARSEVLM,
+        PYRAMIDDROP,
+        DART,
+        VITCOP,
+        K_NORM,
+        V_NORM,
+        A_SCORE,
+        RANDOM_DECODER,
     )
 }
 

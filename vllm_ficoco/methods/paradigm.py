@@ -23,6 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from vllm_ficoco import schedule
 from vllm_ficoco.schedule import Stage, windows
 
 AttentionKind = Literal["probabilities", "logits"]
@@ -172,28 +173,79 @@ class Evidence:
 
 # --- The contract of a method -------------------------------------------------------------------
 
-Filter = Callable[[Tokens, Evidence, int, Any], Tensor]
+# The evidence is an Evidence, or inside the decoder a DecoderEvidence.
+Filter = Callable[[Tokens, Any, int, Any], Tensor]
 """(tokens, evidence, how many leave, options) -> (B, S) indices of the leaving tokens."""
 
-Correlate = Callable[[Tokens, Evidence, Tensor, Tensor, Any], Tensor]
+Correlate = Callable[[Tokens, Any, Tensor, Tensor, Any], Tensor]
 """(tokens, evidence, source, target, options) -> C, (B, S, T)."""
 
-Compress = Callable[[Tokens, Evidence, Tensor, Tensor, Tensor, Any], Tokens]
+Compress = Callable[[Tokens, Any, Tensor, Tensor, Tensor, Any], Tokens]
 """(tokens, evidence, source, target, C, options) -> the tokens that stay."""
+
+
+def reduce(steps: Method | Steps, tokens: Tokens, evidence: Any, keep: int, options: Any) -> Tokens:
+    """Filter, correlate, compress: ``keep`` tokens of each image stay, in raster order.
+
+    Args:
+        steps: the three functions.
+        tokens: what is there, more than ``keep`` of it.
+        evidence: of the layer.
+        keep: how many tokens are left, at least 1.
+        options: an instance of the method's options.
+    """
+    leave = len(tokens) - keep + steps.added
+    source = steps.filter(tokens, evidence, leave, options).sort(-1).values
+    target = complement(source, len(tokens))
+    if steps.correlate is None or steps.compress is None:
+        return prune(tokens, target)
+    weights = steps.correlate(tokens, evidence, source, target, options)
+    return steps.compress(tokens, evidence, source, target, weights, options)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The three steps at a stage of the decoder; their evidence is a ``DecoderEvidence``."""
+
+    filter: Filter
+    correlate: Correlate | None = None
+    compress: Compress | None = None
+    added: int = 0
+
+
+@dataclass(frozen=True)
+class DecoderPart:
+    """What a method does inside the decoder, before the layers that start its stages."""
+
+    layers: tuple[int, ...]
+    """The layers, 0-based, of the published decoder: 32 of them."""
+    steps: tuple[Steps, ...]
+    """For every one of them; the last for all further ones."""
+    every_stage: bool = False
+    """It reduces at every stage that the server has; else at as many as are published."""
+    looks_at_question: bool = True
+    """What it keeps depends on the text behind the image."""
+    shares: Callable[[int, int, int], list[int]] = schedule.equal_shares
+    """(tokens, tokens kept by the first of them, how many) -> tokens kept by each place."""
+
+    @property
+    def least_stages(self) -> int:
+        """How many stages a server must have for it."""
+        return 1 if self.every_stage else len(self.layers)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to reduce: a placement, a schedule and the three steps."""
+    """One way to reduce: a place, a schedule, the three steps; and what it does in the decoder."""
 
     name: str
     idea: str
     """One line for people who choose."""
     paper: str
     """Authors, title, arXiv number; empty for baselines that have no paper."""
-    place: Literal["tower", "output"]
+    place: Literal["tower", "output", "nowhere"]
     """``tower``: between attention and MLP of a layer. ``output``: on the last layer's output,
-    with the evidence of that layer."""
+    with the evidence of that layer. ``nowhere``: in the decoder alone."""
     schedule: Callable[[int, int, int, Any], list[Stage]]
     """(tokens, budget, tower layers that run, options) -> stages that end at the budget.
     Raises ValueError with what would be allowed, for a budget that cannot be reached."""
@@ -205,23 +257,18 @@ class Method:
     """Layers attend with log(size) added to the scores, so that a merged token counts fully."""
     added: int = 0
     """New tokens that compress puts behind the targets at every stage (EViT: one)."""
+    decoder: DecoderPart | None = None
+
+    @property
+    def places(self) -> list[str]:
+        """Where it reduces: ``tower``, ``output``, ``decoder``."""
+        return [
+            p for p in (self.place, "decoder" if self.decoder else "") if p not in ("", "nowhere")
+        ]
 
     def reduce(self, tokens: Tokens, evidence: Evidence, keep: int, options: Any) -> Tokens:
-        """One stage: ``keep`` tokens of each image stay, in raster order.
-
-        Args:
-            tokens: what is there, more than ``keep`` of it.
-            evidence: of the layer.
-            keep: how many tokens are left, at least 1.
-            options: an instance of :attr:`options`.
-        """
-        leave = len(tokens) - keep + self.added
-        source = self.filter(tokens, evidence, leave, options).sort(-1).values
-        target = complement(source, len(tokens))
-        if self.correlate is None or self.compress is None:
-            return prune(tokens, target)
-        weights = self.correlate(tokens, evidence, source, target, options)
-        return self.compress(tokens, evidence, source, target, weights, options)
+        """One stage of the vision part, see :func:`reduce`."""
+        return reduce(self, tokens, evidence, keep, options)
 
 
 # --- Pieces to compose --------------------------------------------------------------------------

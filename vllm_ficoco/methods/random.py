@@ -41,12 +41,20 @@ def mix(x: Tensor) -> Tensor:
     return x ^ shift(x, 31)
 
 
+def lot_of(pixels: Tensor) -> Tensor:
+    """(B, 1) int64: a number drawn by each image of (B, 3, height, width)."""
+    bits = pixels.flatten(1).float().contiguous().view(torch.int32).long()
+    place = torch.arange(bits.shape[1], device=bits.device)
+    return (bits * mix((place + 1) * _STEP)).sum(1, keepdim=True)
+
+
+def draw(lot: Tensor, position: Tensor, seed: int) -> Tensor:
+    """(B, n) int64: a number for every token, from its image's lot and its place."""
+    return mix(mix(lot + seed) + (position + 1) * _STEP)
+
+
 def filter(tokens: Tokens, evidence: Evidence, leave: int, options: RandomOptions) -> Tensor:
-    pixels = evidence.pixels.flatten(1).float().contiguous().view(torch.int32).long()
-    place = torch.arange(pixels.shape[1], device=pixels.device)
-    image = (pixels * mix((place + 1) * _STEP)).sum(1, keepdim=True)
-    draw = mix(mix(image + options.seed) + (tokens.position + 1) * _STEP)
-    return highest(draw, leave)
+    return highest(draw(lot_of(evidence.pixels), tokens.position, options.seed), leave)
 
 
 RANDOM = Method(

@@ -11,7 +11,7 @@ Everything of vLLM's multimodal area that this package depends on is in this fil
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import BatchFeature
@@ -44,6 +44,7 @@ from vllm.multimodal.processing import (
     PromptUpdate,
 )
 from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.sequence import IntermediateTensors
 
 from vllm_ficoco.settings import (
     BUDGET_KEY,
@@ -57,6 +58,9 @@ from vllm_ficoco.settings import (
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
 from vllm_ficoco.vision.timing import StageTimer
 from vllm_ficoco.vision.tower import ReducingTower, rows
+
+if TYPE_CHECKING:  # a server without stages loads nothing of them
+    from vllm_ficoco.engine.decoder import StagedDecoder
 
 PACKED_FIELD = "packed_reduction"
 """The field beside ``pixel_values`` that carries an image's settings to the model."""
@@ -218,15 +222,28 @@ class ReducingLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.staged_decoder: StagedDecoder | None = None
         try:
             geometry = geometry_of(self.config)
         except UnsupportedModel:
             return  # the processor refuses settings, so none can come
+        if geometry.starts:
+            from vllm_ficoco.engine.checks import check
+            from vllm_ficoco.engine.decoder import StagedDecoder
+
+            check(vllm_config)
+            self.staged_decoder = StagedDecoder(
+                self.language_model.model,
+                geometry,
+                vllm_config,
+                tensor_model_parallel_all_reduce,
+            )
         # Every rank does the same work; the time of one of them is enough.
         timer = {"timer": StageTimer()} if get_tensor_model_parallel_rank() == 0 else {}
         self.reducing_tower = ReducingTower(
             self.vision_tower.vision_model, geometry, tensor_model_parallel_all_reduce, **timer
         )
+        self.geometry = geometry
         # vLLM fills a batch by what the images will hold, and reserves memory for images that hold
         # everything. The tower takes in whole images, so it must not see more of them than those.
         encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
@@ -249,19 +266,57 @@ class ReducingLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         image_input = self._parse_and_validate_image_input(**kwargs)
         assert image_input is not None and image_input["type"] == "pixel_values"
         pixels = image_input["pixel_values"]
-        plain = [i for i, reduction in enumerate(settings) if reduction is None]
-        reduced = [(i, reduction) for i, reduction in enumerate(settings) if reduction is not None]
+        whole = [i for i, r in enumerate(settings) if r is None or not self.geometry.stages(r)]
+        reduced = [(i, r) for i, r in enumerate(settings) if r is not None and i not in whole]
         outputs: dict[int, torch.Tensor] = {}
-        if plain:
-            unreduced = super().embed_multimodal(pixel_values=rows(pixels, plain))
-            outputs.update(zip(plain, unreduced, strict=True))
-        features: list[torch.Tensor] = []
+        if whole:
+            unreduced = super().embed_multimodal(pixel_values=rows(pixels, whole))
+            outputs.update(zip(whole, unreduced, strict=True))
+        features: list[tuple[torch.Tensor, torch.Tensor]] = []
         # Equal settings side by side: they run as one batch.
         reduced.sort(key=lambda image: image[1].key)
         for start in range(0, len(reduced), self.images_at_once):
             index, part = zip(*reduced[start : start + self.images_at_once], strict=True)
             features += self.reducing_tower(rows(pixels, list(index)), part)
-        # One projector call for all groups: it works token by token.
-        embedded = self.multi_modal_projector(torch.cat(features)).split([len(f) for f in features])
-        outputs.update(zip([i for i, _ in reduced], embedded, strict=True))
+        if features:
+            # One projector call for all groups: it works token by token.
+            hidden, places = zip(*features, strict=True)
+            embedded = self.multi_modal_projector(torch.cat(hidden)).split([*map(len, hidden)])
+            outputs.update(zip([i for i, _ in reduced], embedded, strict=True))
+        if self.staged_decoder is not None:
+            in_tower = dict(zip([i for i, _ in reduced], places if features else (), strict=True))
+            for i, reduction in enumerate(settings):
+                outputs[i] = self.staged_decoder.mark(
+                    outputs[i], reduction, in_tower.get(i), pixels[i : i + 1]
+                )
         return [outputs[i] for i in range(len(settings))]
+
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: MultiModalEmbeddings | None = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As vLLM's; the staged decoder is told which rows are images that it is to reduce."""
+        if self.staged_decoder is not None:
+            multimodal_embeddings = self.staged_decoder.unmark(
+                multimodal_embeddings or (), is_multimodal
+            )
+        return super().embed_input_ids(
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor | IntermediateTensors:
+        if self.staged_decoder is None:
+            return super().forward(
+                input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+            )
+        return self.staged_decoder(input_ids, positions, inputs_embeds)

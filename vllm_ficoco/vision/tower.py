@@ -45,8 +45,10 @@ class ReducingTower:
         self.sum_over_ranks = sum_over_ranks
         self.timer = timer
 
-    def __call__(self, pixels: Tensor, settings: Sequence[Reduction]) -> list[Tensor]:
-        """Visual tokens of every image, (kept, D) each, before the projector.
+    def __call__(
+        self, pixels: Tensor, settings: Sequence[Reduction]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Visual tokens of every image, (kept, D), before the projector, and their grid places.
 
         Images of one setting run as one batch; all images share the layers before the first one
         at which their settings tell them apart.
@@ -58,7 +60,7 @@ class ReducingTower:
         groups: dict[Reduction, list[int]] = {}
         for image, reduction in enumerate(settings):
             groups.setdefault(reduction, []).append(image)
-        outputs: list[Tensor | None] = [None] * len(settings)
+        outputs: list[tuple[Tensor, Tensor]] = [(pixels, pixels)] * len(settings)
         hidden, waiting, at = self._embed(pixels), list(range(len(settings))), 0
         for reduction in sorted(groups, key=lambda r: self.geometry.stages(r)[0].layer):
             first = self.geometry.stages(reduction)[0].layer
@@ -67,11 +69,11 @@ class ReducingTower:
             images = groups[reduction]
             index = [waiting.index(image) for image in images]
             reduced = self._reduce(rows(hidden, index), rows(pixels, images), reduction)
-            for image, tokens in zip(images, reduced, strict=True):
-                outputs[image] = tokens
+            for image, *tokens in zip(images, reduced.hidden, reduced.position, strict=True):
+                outputs[image] = tuple(tokens)
             left = [i for i in range(len(waiting)) if i not in index]
             hidden, waiting = rows(hidden, left), [waiting[i] for i in left]
-        return [tokens for tokens in outputs if tokens is not None]
+        return outputs
 
     def _embed(self, pixels: Tensor) -> Tensor:
         hidden = self.vision_model.embeddings(pixels)
@@ -86,7 +88,7 @@ class ReducingTower:
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 
-    def _reduce(self, hidden: Tensor, pixels: Tensor, reduction: Reduction) -> Tensor:
+    def _reduce(self, hidden: Tensor, pixels: Tensor, reduction: Reduction) -> Tokens:
         """One group, from the first layer of its stages to the end.
 
         Args:
@@ -95,7 +97,7 @@ class ReducingTower:
             reduction: their settings.
 
         Returns:
-            (B, kept, D)
+            Those that stay.
         """
         method, options = reduction.spec, reduction.parsed_options()
         keep_after = dict(self.geometry.stages(reduction))
@@ -124,7 +126,7 @@ class ReducingTower:
             if method.place == "tower":
                 hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
                 tokens = tokens.with_hidden(hidden[:, first:])
-        return tokens.hidden
+        return tokens
 
     def _attend(
         self, layer: nn.Module, hidden: Tensor, size: Tensor | None

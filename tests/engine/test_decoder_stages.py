@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reduction inside the decoder: the tokens, logits and blocks are those of the reference.
+
+One engine with three stages; requests of every method, several images and budgets, text and
+unreduced images all in one continuous batch.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import random_llava
+from tests.engine.conftest import BLOCK, NEW_TOKENS, Ask, Engine, make_engine, picture
+from tests.reference.decoder import CHOOSE, Answer, Choose, answer
+from tests.reference.llava import ReferenceLlava
+from vllm_ficoco.engine.checks import SCHEDULER
+from vllm_ficoco.engine.gaps import Run, held_of
+
+pytestmark = pytest.mark.engine
+
+STAGES = [1, 3, 4]
+VOCABULARY = 108
+STAGED = {
+    "hf_overrides": {"reduction_stages": STAGES},
+    "scheduler_cls": SCHEDULER,
+    "max_num_batched_tokens": 2048,
+    "max_logprobs": VOCABULARY,
+    "logprobs_mode": "raw_logits",
+}
+FIRST_LOGITS = {"logprobs": VOCABULARY}
+PLACES = {"fastv": 1, "dart": 1}
+"""How many stages a method uses where that is not all."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_llava(tmp_path_factory.mktemp("staged"), decoder_layers=6)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> ReferenceLlava:
+    return ReferenceLlava(str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def staged(checkpoint: Path) -> Iterator[Engine]:
+    yield from make_engine(checkpoint, **STAGED)
+
+
+def wish(method: str, *tokens: int, **options: object) -> dict[str, object]:
+    """Settings that say how many tokens each stage keeps."""
+    kept = list(tokens[: PLACES.get(method)])
+    return {"method": method, "options": {"tokens": kept, **options}}
+
+
+def asks_of_every_kind() -> list[Ask]:
+    sampling = FIRST_LOGITS
+    asks = [Ask(question="how many are there ?"), Ask([1], [None])]
+    for seed, method in enumerate(m for m in CHOOSE if m not in VISION):
+        asks += [
+            Ask([seed], [wish(method, 80, 48, 16)]),
+            Ask([seed, 9], [wish(method, 100, 50, 0), wish(method, 40, 20, 10)]),
+        ]
+    asks += [
+        Ask([2, 3], [wish("k-norm", 60, 60, 60), None]),
+        Ask([4, 4], [wish("fastv", 30), wish("ficoco-l", 70, 30, 0)]),
+        Ask([5, 6], [{"method": "ficoco-v", "budget": 20}, wish("dart", 50)]),
+        Ask([5], [wish("random-decoder", 80, 40, 0, seed=7)]),
+        Ask([3], [wish("ficoco-vl", 110, 80, 40, 20)]),
+        Ask([3, 4], [wish("vitcop", 130, 60, 20), wish("vitcop", 100, 70, 0)]),
+        Ask([7], [wish("ficoco-l", 80, 40, 20, text="is looked at")]),
+        Ask([7], [wish("ficoco-l", 80, 40, 20, causal=True)]),
+        Ask([7], [wish("ficoco-l", 80, 40, 20, coefficient=2.0, beta=0.3, gamma=0.9)]),
+        Ask([7], [wish("ficoco-l", 80, 40, 20, attention="probabilities", causal=True)]),
+        Ask([8], [{"method": "fastv", "budget": 100}]),
+        Ask([8], [{"method": "k-norm", "budget": 60}], question="what word is printed ?"),
+    ]
+    return [Ask(a.images, a.settings, a.question, sampling) for a in asks]
+
+
+VISION = {"ficoco-vl": "ficoco-v", "vitcop": "topk"}
+"""What methods in both places do in the tower."""
+
+
+def expected(reference: ReferenceLlava, ask: Ask, new_tokens: int = NEW_TOKENS) -> Answer:
+    """What the reference says to a request."""
+    visual, choose, kept, grid = [], [], [], []
+    for seed, settings in zip(ask.images, ask.settings, strict=True):
+        settings = settings or {"method": "none"}
+        method, options = settings["method"], dict(settings.get("options", {}))
+        tokens = options.pop("tokens", None) or BUDGETS.get((method, settings.get("budget")), [])
+        in_tower = VISION.get(method, "none") if method in CHOOSE else method
+        budget = tokens[0] if method in VISION else settings.get("budget", 0)
+        visual.append(reference.visual_tokens(picture(seed), in_tower, budget))
+        grid.append(reference.place)
+        choose.append(None)
+        kept.append([len(visual[-1])] * len(STAGES))
+        if method in CHOOSE:
+            if method == "random-decoder":
+                options["pixels"] = reference.pixels
+            in_decoder = tokens[1:] if method in VISION else tokens
+            kept[-1] = in_decoder + in_decoder[-1:] * (len(STAGES) - len(in_decoder))
+            choose[-1] = partial(chosen_at, method, options)
+        if method == "vitcop":  # published at layers 2 and 22 of 32: stages 1 and 3 here
+            kept[-1] = [tokens[1], tokens[1], tokens[2]]
+    embeds, places = reference.embed(ask.prompt, visual)
+    keep = {
+        layer: [
+            held_of(Run(*place), tokens[stage], BLOCK, len(embeds)) if method else place[1]
+            for place, tokens, method in zip(places, kept, choose, strict=True)
+        ]
+        for stage, layer in enumerate(STAGES)
+    }
+    return answer(reference.model, embeds, places, keep, choose, grid, new_tokens)
+
+
+def chosen_at(method: str, options: dict[str, object], layer: int) -> Choose:
+    """What a method does at a layer."""
+    if method == "vitcop" and layer == STAGES[-1]:
+        return CHOOSE["k-norm"]
+    return partial(CHOOSE[method], **options)
+
+
+BUDGETS = {
+    # (144 + 5 * 91) / 6 is the most that is not above 100.
+    ("fastv", 100): [91],
+    # Halved at every stage: (144 + 2 * 72 + 36 + 2 * 18) / 6 = 60.
+    ("k-norm", 60): [72, 36, 18],
+}
+
+
+def test_a_mixed_batch_says_what_the_reference_does(
+    staged: Engine, reference: ReferenceLlava
+) -> None:
+    v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"  # see test_stage_variants.py
+    assert staged.asynchronous == v2
+    check(staged, reference, asks_of_every_kind())
+
+
+def check(engine: Engine, reference: ReferenceLlava, asks: Sequence[Ask]) -> None:
+    """All in one batch: tokens, first logits, and every block back."""
+    free = engine.free_blocks
+    for ask, output in zip(asks, engine.generate(asks), strict=True):
+        truth = expected(reference, ask)
+        assert list(output.outputs[0].token_ids) == truth.tokens, ask
+        given = output.outputs[0].logprobs[0]
+        logits = torch.tensor([given[word].logprob for word in range(VOCABULARY)])
+        torch.testing.assert_close(logits, truth.first_logits, atol=1e-3, rtol=1e-3)
+    assert engine.free_blocks == free
+
+
+# --- The KV cache -------------------------------------------------------------------------------
+
+
+def held_by_stage(engine: Engine, name: str) -> dict[int, set[int]]:
+    """Blocks that each group of a stage holds of a running request."""
+    request = next(r for key, r in engine.scheduler.requests.items() if key.split("-")[0] == name)
+    held: dict[int, set[int]] = {}
+    for manager in engine.scheduler.managers:
+        blocks = manager.req_to_blocks[request.request_id]
+        held.setdefault(manager.stage, set()).add(sum(not block.is_null for block in blocks))
+    return held
+
+
+def run_to_the_end(engine: Engine) -> None:
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.llm.llm_engine.step()
+
+
+def test_blocks_held_are_those_of_the_arithmetic(staged: Engine) -> None:
+    free = staged.free_blocks
+    # 8 words and 144 visual tokens are 152, that is 5 blocks; the image is in blocks 0 to 4.
+    asks = {
+        "whole": (Ask([11], [None]), {0: {5}, 1: {5}, 2: {5}, 3: {5}}),
+        "text": (Ask(question="how many are there ?"), {0: {1}, 1: {1}, 2: {1}, 3: {1}}),
+        "knorm": (Ask([11], [wish("k-norm", 112, 60, 0)]), {0: {5}, 1: {4}, 2: {3}, 3: {2}}),
+        "fastv": (Ask([11], [wish("fastv", 48)]), {0: {5}, 1: {2}, 2: {2}, 3: {2}}),
+        # 144 and 144 tokens, 297 with 9 words: 10 blocks.
+        "two": (
+            Ask([12, 13], [wish("k-norm", 144, 80, 0), wish("k-norm", 80, 80, 0)]),
+            {0: {10}, 1: {8}, 2: {6}, 3: {3}},
+        ),
+        "vl": (Ask([14], [wish("ficoco-vl", 100, 60, 30, 0)]), {0: {4}, 1: {3}, 2: {2}, 3: {2}}),
+    }
+    for name, (ask, _) in asks.items():
+        staged.add(ask, name)
+    staged.llm.llm_engine.step()
+    for name, (_, blocks) in asks.items():
+        assert held_by_stage(staged, name) == blocks, name
+    groups = {stage: 0 for stage in range(4)}
+    for manager in staged.scheduler.managers:
+        groups[manager.stage] += 1
+    total = sum(groups[stage] * count for _, by in asks.values() for stage, (count,) in by.items())
+    assert free - staged.free_blocks == total
+    run_to_the_end(staged)
+    assert staged.free_blocks == free
+    assert not staged.scheduler.plans and not any(m.plans for m in staged.scheduler.managers)
+
+
+def test_blocks_come_back_after_an_abort(staged: Engine) -> None:
+    free = staged.free_blocks
+    for i in range(4):
+        staged.add(Ask([20 + i], [wish("fastv", 48)]), f"abort{i}", max_tokens=200)
+    for _ in range(3):
+        staged.llm.llm_engine.step()
+    assert staged.free_blocks < free
+    staged.llm.llm_engine.abort_request([f"abort{i}" for i in range(4)])
+    run_to_the_end(staged)
+    assert staged.free_blocks == free and not staged.scheduler.plans
+
+
+def cached(engine: Engine, ask: Ask) -> int:
+    (output,) = engine.generate([ask])
+    return output.num_cached_tokens
+
+
+def test_reduced_prefixes_are_found_by_equal_requests_alone(staged: Engine) -> None:
+    """152 tokens, of which 128 are whole blocks: inside the image, so nothing of it is reused
+    unless the question is longer."""
+    question = "what color is the circle ? " * 4 + "what digit is written ?"
+
+    def ask(settings: dict | None, question: str = question) -> Ask:
+        return Ask([30], [settings], question)
+
+    reduced = wish("k-norm", 80, 48, 16)
+    assert cached(staged, ask(reduced)) == 0
+    again = cached(staged, ask(reduced))
+    assert again == 160, "text and image, up to the last whole block"
+    assert cached(staged, ask(reduced, question + " is there a star ?")) == again
+    assert cached(staged, ask(wish("k-norm", 80, 48, 15))) == 0
+    assert cached(staged, ask(wish("v-norm", 80, 48, 16))) == 0
+    assert cached(staged, ask(None)) == 0
+    # What a method reads, it must have read alike.
+    looks = wish("fastv", 48)
+    assert cached(staged, ask(looks)) == 0
+    assert cached(staged, ask(looks)) == 160
+    assert cached(staged, ask(looks, question + " is there a star ?")) == 0
+
+
+def test_what_is_reused_says_the_same(staged: Engine, reference: ReferenceLlava) -> None:
+    """Text around two images, so that a second turn finds the first one's blocks."""
+    question = "what color is the circle ? " * 5 + "what digit is written ?"
+    for method in ("k-norm", "ficoco-l"):
+        settings = wish(method, 80, 48, 0)
+        first, second = Ask([31], [settings], question), Ask([31], [settings], question + " star ?")
+        for ask in (first, first, second):
+            (output,) = staged.generate([ask])
+            assert list(output.outputs[0].token_ids) == expected(reference, ask).tokens
+
+
+def test_n_samples_share_the_reduced_prompt(staged: Engine) -> None:
+    settings = [wish("ficoco-l", 70, 40, 20)]
+    several, one = staged.generate(
+        [
+            Ask([6], settings, sampling={"n": 3, "temperature": 0.8, "seed": 5}),
+            Ask([6], settings),
+        ]
+    )
+    assert len({tuple(output.token_ids) for output in several.outputs}) > 1
+    (alone,) = staged.generate([Ask([6], settings, sampling={"n": 1, "temperature": 0})])
+    assert alone.outputs[0].token_ids == one.outputs[0].token_ids
+
+
+def test_prompt_logprobs_end_in_an_error_not_in_nonsense(staged: Engine) -> None:
+    free = staged.free_blocks
+    ask = Ask([6], [wish("fastv", 48)], sampling={"prompt_logprobs": 1})
+    (output,) = staged.generate([ask])
+    assert output.outputs[0].finish_reason == "error"
+    assert staged.free_blocks == free and not staged.scheduler.plans
+
+
+# --- Under pressure -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tight(checkpoint: Path) -> Iterator[Engine]:
+    """A pool for a few requests; steps for one prompt and a part of another."""
+    yield from make_engine(
+        checkpoint,
+        **{
+            **STAGED,
+            "max_model_len": 480,
+            "max_num_batched_tokens": 480,
+            "num_gpu_blocks_override": 120,
+        },
+    )
+
+
+def random_ask(lot: random.Random) -> Ask:
+    """A request of any kind, from a few images and words."""
+    methods = ["k-norm", "v-norm", "a-score", "fastv", "dart", "pyramiddrop", "ficoco-l"]
+    settings: list[dict | None] = []
+    for _ in range(lot.choice((0, 1, 1, 1, 2))):
+        one = lot.choice((None, "before", "decoder", "decoder", "decoder"))
+        if one == "before":
+            settings.append(
+                {"method": lot.choice(("topk", "tome")), "budget": lot.randint(20, 144)}
+            )
+        elif one == "decoder":
+            tokens = sorted((lot.randrange(0, 145) for _ in range(3)), reverse=True)
+            settings.append(wish(lot.choice(methods), *tokens))
+        else:
+            settings.append(None)
+    words = " ".join(lot.choices(("red", "star", "is", "there", "what", "?"), k=lot.randint(1, 60)))
+    length = lot.randint(1, 24)
+    return Ask([lot.randrange(4) for _ in settings], settings, words, {"max_tokens": length})
+
+
+def test_a_soak_of_mixed_requests_leaks_nothing_and_changes_nothing(
+    tight: Engine, staged: Engine
+) -> None:
+    """Duplicates, aborts, preemption, chunks and reused prefixes: every output is the one that
+    the request gets alone."""
+    lot = random.Random(0)
+    asks = [random_ask(lot) for _ in range(60)]
+    alone = [list(staged.generate([ask])[0].outputs[0].token_ids) for ask in asks]
+    free = tight.free_blocks
+    engine = tight.llm.llm_engine
+    waiting = {f"soak{i}": lot.randrange(len(asks)) for i in range(SOAK)}
+    asked = dict(waiting)
+    aborted: set[str] = set()
+    preempted = 0
+    while waiting or engine.has_unfinished_requests():
+        while waiting and len(tight.scheduler.requests) < 24:
+            name = next(iter(waiting))
+            tight.add(asks[waiting.pop(name)], name)
+            if lot.random() < 0.1:
+                aborted.add(name)
+        for output in engine.step():
+            if output.finished and output.request_id not in aborted:
+                made = list(output.outputs[0].token_ids)
+                assert made == alone[asked.pop(output.request_id)], output.request_id
+        if aborted and lot.random() < 0.2:
+            engine.abort_request([aborted_now := lot.choice(sorted(aborted))])
+            asked.pop(aborted_now, None)
+            aborted.discard(aborted_now)
+        preempted += sum(r.num_preemptions for r in tight.scheduler.requests.values())
+    assert set(asked) <= aborted, "a request was lost"
+    assert preempted > 0, "the pool was not small enough to test anything"
+    assert tight.free_blocks == free and not tight.scheduler.plans
+
+
+SOAK = 2000
+
+
+def test_more_requests_fit_a_pool(tight: Engine) -> None:
+    def at_once(settings: dict | None) -> int:
+        for i in range(16):
+            tight.add(Ask([i], [settings]), f"fit{settings and 1}x{i}", max_tokens=24)
+        most = 0
+        while tight.llm.llm_engine.has_unfinished_requests():
+            tight.llm.llm_engine.step()
+            running = tight.scheduler.running
+            most = max(most, sum(r.num_output_tokens > 0 for r in running))
+        return most
+
+    assert at_once(wish("fastv", 48)) >= 1.5 * at_once(None)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder stages with other text models, compiled, over two ranks and on the other model runner.
+
+Each says what the reference says, as in test_decoder_stages.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import random_llava
+from tests.engine.conftest import Ask, make_engine
+from tests.engine.test_decoder_stages import FIRST_LOGITS, STAGED, asks_of_every_kind, check, wish
+from tests.reference.llava import ReferenceLlava
+
+pytestmark = pytest.mark.engine
+
+VARIANTS = {
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "compiled": ("llama", {"enforce_eager": False}),
+    "two ranks": ("llama", {"tensor_parallel_size": 2}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_say_what_the_reference_does(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, options = VARIANTS[variant]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # one NUMA node serves both ranks
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))  # compile, do not load
+    checkpoint = random_llava(tmp_path / "model", decoder_layers=6, text=text)
+    asks = asks_of_every_kind() if variant == "two ranks" else some_asks()
+    with contextmanager(make_engine)(checkpoint, **{**STAGED, **options}) as engine:
+        check(engine, ReferenceLlava(str(checkpoint)), asks)
+
+
+def some_asks() -> list[Ask]:
+    """Pruning and merging, whole images and text."""
+    asks = [
+        Ask(),
+        Ask([1], [None]),
+        Ask([1, 2], [wish("ficoco-l", 80, 48, 16), wish("fastv", 20)]),
+        Ask([3], [wish("k-norm", 80, 40, 0)]),
+        Ask([4], [wish("ficoco-vl", 110, 80, 40, 20)]),
+        Ask([5], [{"method": "ficoco-v", "budget": 30}]),
+    ]
+    return [Ask(a.images, a.settings, a.question, FIRST_LOGITS) for a in asks]
+
+
+def test_the_other_model_runner_with_asynchronous_scheduling() -> None:
+    """vLLM's Model Runner V2 runs Triton kernels, here through Triton's interpreter."""
+    tests = "mixed_batch or blocks_held or equal_requests_alone"
+    file = str(Path(__file__).parent / "test_decoder_stages.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "tests.engine.triton_on_cpu", "-k", tests, file],
+        env=os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0 and "3 passed" in run.stdout, run.stdout[-4000:]

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's attention area: metadata for a stage, in which the blocks of gaps do not occur.
+
+A kernel of a later stage must see a request as if its gaps had never been. All there is to know
+is in the block table: a null block behind the first one is a gap. Taken out of the table, with as
+many tokens less in the request's length, what is left is an ordinary request, for any kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from copy import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    CommonAttentionMetadata,
+    subclass_attention_backend,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec, replace_as
+
+from vllm_ficoco.engine.checks import check_backend
+from vllm_ficoco.engine.kv import StageSpec
+
+
+class Rows(NamedTuple):
+    """The rows of a batch that a stage runs on, where those are not all."""
+
+    index: Tensor
+    """(n,) ascending, on the host: which rows of the whole batch."""
+    slots: Tensor
+    """(n,) where their keys and values go."""
+    requests: list[int]
+    """Where every request begins among the rows of the whole batch, and where the last one ends."""
+
+
+def without_gaps(
+    common: CommonAttentionMetadata,
+    block_size: int,
+    null_ids: int,
+    table: Tensor,
+    lengths: Tensor,
+) -> tuple[CommonAttentionMetadata, Rows | None]:
+    """Takes the blocks of gaps out of a batch's block table, and their rows out of its queries.
+
+    Args:
+        common: vLLM's, not changed.
+        block_size: of the ids in the block table.
+        null_ids: ids below belong to the null block; more than one where a kernel's blocks are
+            smaller than the allocator's.
+        table: (requests, width) buffer for the new table; its address never changes, as a CUDA
+            graph needs it.
+        lengths: (requests,) buffer for the new lengths.
+
+    Returns:
+        The metadata, and the rows that are left; None where all are. A decode step has no row in
+        a gap: it ends without the host waiting for the device.
+    """
+    ids = common.block_table_tensor
+    requests, width = ids.shape
+    length = common.seq_lens.long()
+    block = torch.arange(width, device=ids.device)
+    used = block < -(-length // block_size)[:, None]
+    # A row that starts with the null block is not a request: padding, or a dummy at start-up.
+    gap = used & (ids < null_ids) & (ids[:, :1] >= null_ids)
+    new = copy(common)
+    new._num_computed_tokens_cache = new._token_to_req_indices_cache = None
+    new.seq_lens = lengths[:requests]
+    new.seq_lens.copy_(length - gap.sum(1) * block_size)
+    new.block_table_tensor = table[:requests, :width]
+    order = (gap | ~used).byte().argsort(dim=1, stable=True)
+    torch.gather(ids, 1, order, out=new.block_table_tensor)
+    if common.max_query_len <= 1:
+        return new, None
+    start = common.query_start_loc.long()
+    count = start[1:] - start[:-1]
+    request = torch.arange(requests, device=ids.device).repeat_interleave(count)
+    position = (
+        torch.arange(len(request), device=ids.device) + (length - count - start[:-1])[request]
+    )
+    left = ~gap[request, position // block_size]
+    index = left.nonzero()[:, 0]
+    if len(index) == len(left):
+        return new, None
+    per_request = torch.zeros_like(count).index_add_(0, request, left.long())
+    new.query_start_loc = torch.nn.functional.pad(per_request.cumsum(0), (1, 0)).to(
+        common.query_start_loc.dtype
+    )
+    new.query_start_loc_cpu = new.query_start_loc.cpu()
+    new.num_actual_tokens = len(index)
+    new.max_query_len = int(new.query_start_loc_cpu.diff().max())
+    new.slot_mapping = common.slot_mapping[index]
+    new.positions = None if common.positions is None else common.positions[index]
+    return new, Rows(index.cpu(), new.slot_mapping, common.query_start_loc_cpu.tolist())
+
+
+@functools.cache
+def stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
+    """An attention backend whose metadata leave gaps out; the kernels are the base's."""
+    builder: Any = base.get_builder_cls()
+
+    class StageMetadataBuilder(builder):
+        """Builds the base's metadata from a batch without gaps."""
+
+        supports_update_block_table = False  # … past build(), which must see every table
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            scheduler = self.vllm_config.scheduler_config
+            self.lengths = torch.zeros(
+                scheduler.max_num_seqs, dtype=torch.int32, device=self.device
+            )
+            self.table = self.lengths[:, None][:, :0]
+
+        @classmethod
+        def get_cudagraph_support(cls, *_: Any) -> AttentionCGSupport:
+            return AttentionCGSupport.NEVER
+
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
+        ) -> Any:
+            size = self.kv_cache_spec.block_size
+            split = max(1, self.vllm_config.cache_config.block_size // size)
+            ids = common_attn_metadata.block_table_tensor
+            if self.table.shape[1] < ids.shape[1] or len(self.table) < len(ids):
+                self.table = ids.new_zeros(max(len(self.lengths), len(ids)), ids.shape[1])
+                self.lengths = self.lengths.new_zeros(len(self.table))
+            common, rows = without_gaps(common_attn_metadata, size, split, self.table, self.lengths)
+            # A shared prefix may lie over a gap; without that hint kernels are as right.
+            metadata = super().build(0, common, fast_build)
+            metadata.ficoco_rows = rows
+            return metadata
+
+    return subclass_attention_backend("Stage", base, StageMetadataBuilder)
+
+
+class StageAttention(Attention):
+    """vLLM's attention layer, which knows its stage; made from one by :func:`enter_stage`."""
+
+    stage: int
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        spec = super().get_kv_cache_spec(vllm_config)
+        return replace_as(spec, StageSpec, stage=self.stage)
+
+
+def enter_stage(attention: Attention, stage: int) -> None:
+    """Puts an attention layer into a stage.
+
+    vLLM's models build their layers themselves and take no class for the attention within them,
+    so the class is changed on the finished layer; it adds no state but the stage.
+
+    Raises:
+        StagesError: with this attention backend, stages are not known to work.
+    """
+    check_backend(attention.attn_backend.get_name())
+    attention.__class__ = StageAttention
+    attention.stage = stage
+    if stage:
+        attention.attn_backend = stage_backend(attention.attn_backend)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server with decoder stages needs, and what has not been shown to work with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+
+SCHEDULER = "vllm_ficoco.engine.scheduler.make_scheduler"
+"""For ``--scheduler-cls``."""
+
+DECODERS = ("llama", "mistral", "qwen2")
+"""``model_type`` of the text models whose layers :mod:`vllm_ficoco.engine.decoder` knows."""
+
+BACKENDS = ("CPU_ATTN",)
+"""Attention backends that the tests run on. Another one must go by the block table and by the
+lengths on the device: on the host there are only upper bounds (FlashInfer takes them as exact)."""
+
+
+class StagesError(ValueError):
+    """A server with decoder stages cannot start like this."""
+
+
+def check(config: VllmConfig) -> None:
+    """Refuses to start with what cannot work, or is not known to work.
+
+    Raises:
+        StagesError: the first thing that is wrong.
+    """
+    for wrong in _problems(config):
+        raise StagesError(f"decoder stages (reduction_stages) {wrong}")
+
+
+def _problems(config: VllmConfig) -> Iterator[str]:
+    scheduler, parallel, model = (
+        config.scheduler_config,
+        config.parallel_config,
+        config.model_config,
+    )
+    text = model.hf_text_config.model_type
+    if text not in DECODERS:
+        yield f"work with {', '.join(DECODERS)} text models, not with {text}"
+    name = scheduler.scheduler_cls
+    name = (
+        name if isinstance(name, str) else f"{name.__module__}.{name.__qualname__}" if name else ""
+    )
+    if name != SCHEDULER:
+        yield f"need --scheduler-cls {SCHEDULER}, which plans what a stage does not hold"
+    if scheduler.disable_hybrid_kv_cache_manager:
+        yield "need the hybrid KV cache manager: stages are groups of layers with their own blocks"
+    if scheduler.max_num_batched_tokens < model.max_model_len:
+        yield (
+            f"need --max-num-batched-tokens {model.max_model_len} or more (max_model_len), not "
+            f"{scheduler.max_num_batched_tokens}: an image and the question behind it run as one"
+        )
+    refused: dict[str, Any] = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
+        "micro-batches (DBO)": parallel.use_ubatching,
+        "LoRA": config.lora_config,
+        "speculative decoding": config.speculative_config,
+        "KV connectors": config.kv_transfer_config,
+        "KV events": config.kv_events_config and config.kv_events_config.enable_kv_cache_events,
+        "encoder connectors": config.ec_transfer_config,
+        "CUDA graphs (use --enforce-eager, or cudagraph_mode NONE)": (
+            config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+        ),
+        "torch.compile of the whole model": (
+            config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE
+        ),
+        "a sliding window": model.get_sliding_window(),
+        "a quantised KV cache": config.cache_config.cache_dtype != "auto",
+        "the shared-memory processor cache": (
+            model.get_multimodal_config().mm_processor_cache_type == "shm"
+        ),
+        "pooling models": model.runner_type != "generate",
+    }
+    for what, present in refused.items():
+        if present:
+            yield f"are not known to work with {what}"
+
+
+def check_backend(name: str) -> None:
+    """Refuses an attention backend that is not known to work.
+
+    Raises:
+        StagesError: it is not one of :data:`BACKENDS`.
+    """
+    if name not in BACKENDS:
+        raise StagesError(
+            f"decoder stages (reduction_stages) are known to work with {', '.join(BACKENDS)}, not "
+            f"with {name}"
+        )

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a decoder in stages, whose first layers let go of visual tokens.
+
+Works on vLLM's LLaMA, Mistral and Qwen2 by the names of their parts. How many tokens an image keeps
+in a stage follows from the rows that the attention metadata leave of it
+(:mod:`vllm_ficoco.engine.attention`); which ones, and what becomes of the others, is the method's.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+
+from vllm_ficoco.engine.attention import Rows, enter_stage
+from vllm_ficoco.methods.decoding import DecoderEvidence
+from vllm_ficoco.methods.paradigm import Steps, Tokens, reduce
+from vllm_ficoco.methods.random import lot_of
+from vllm_ficoco.settings import Reduction
+from vllm_ficoco.vision.geometry import Geometry
+
+
+class VisualTokens(torch.Tensor):
+    """An image's visual tokens on their way into the decoder, with how they are to be reduced.
+
+    vLLM keeps what the tower returned and hands slices of it back later, perhaps to another
+    request that shows the same image; what a slice belongs to it does not tell. So that travels
+    with the tensor. (vLLM marks these tensors in the same way, with their modality.)
+    """
+
+    reduction: Reduction
+    places: Tensor
+    """(n,) on the image's grid."""
+    lot: Tensor
+    """(1, 1), see :func:`vllm_ficoco.methods.random.lot_of`."""
+
+    @classmethod
+    def of(cls, tokens: Tensor, *marks: Any) -> VisualTokens:
+        """Marks an image's tokens, (n, D), with all of the above."""
+        marked = tokens.as_subclass(cls)
+        marked.reduction, marked.places, marked.lot = marks
+        return marked
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(result, cls) and isinstance(args[0], cls):
+            marked = args[0]
+            result.reduction, result.places, result.lot = (
+                marked.reduction,
+                marked.places,
+                marked.lot,
+            )
+        return result
+
+
+@dataclass
+class Image:
+    """An image among the rows of a batch."""
+
+    start: int
+    end: int
+    """Exclusive."""
+    options: Any
+    """Of its method."""
+    steps: dict[int, Steps]
+    """What happens to it, by stage."""
+    places: Tensor
+    """(n,) places on the grid of the tokens that are left by now."""
+    lot: Tensor
+
+
+class Batch(NamedTuple):
+    """The rows that come to a stage."""
+
+    hidden: Tensor
+    residual: Tensor
+    positions: Tensor
+    rows: Tensor | None
+    """(n,) on the host: which rows of the whole batch they are; None for all."""
+
+
+@support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden": 0, "residual": 0})
+class StageLayers(nn.Module):
+    """The layers of one stage: what torch.compile sees, as its rows do not change on the way."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: Sequence[nn.Module]):
+        super().__init__()
+        self.layers = layers
+
+    def forward(
+        self, positions: Tensor, hidden: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        return hidden, residual
+
+
+class StagedDecoder:
+    """A decoder in stages.
+
+    Not a module: the weights stay where vLLM has put them.
+
+    Args:
+        model: vLLM's: ``embed_tokens``, ``layers``, ``norm``.
+        geometry: of the checkpoint, with the first layer of every stage.
+        vllm_config: vLLM's.
+        sum_over_ranks: adds a tensor up over the ranks that share the heads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        geometry: Geometry,
+        vllm_config: VllmConfig,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.model, self.geometry = model, geometry
+        self.sum_over_ranks = sum_over_ranks
+        self.images: list[Image] = []
+        self.visual: Tensor | None = None
+        edges = [0, *geometry.starts, len(model.layers)]
+        self.stages: list[StageLayers] = []
+        for number, (first, end) in enumerate(pairwise(edges)):
+            layers = model.layers[first:end]
+            for layer in layers:
+                enter_stage(layer.self_attn.attn, number)
+            self.stages.append(
+                StageLayers(vllm_config=vllm_config, prefix=f"stage{number}", layers=layers)
+            )
+
+    def mark(
+        self,
+        tokens: Tensor,
+        reduction: Reduction | None,
+        places: Tensor | None,
+        pixels: Tensor,
+    ) -> Tensor:
+        """An image's visual tokens, so that :meth:`unmark` will know what to do with them.
+
+        Args:
+            tokens: (n, D).
+            reduction: its settings.
+            places: (n,) on the image's grid; None for all.
+            pixels: (1, 3, height, width) of the image.
+        """
+        if reduction is None or reduction.spec.decoder is None:
+            return tokens
+        if places is None:
+            places = torch.arange(len(tokens), device=tokens.device)
+        return VisualTokens.of(tokens, reduction, places, lot_of(pixels))
+
+    def unmark(self, embeddings: Sequence[Tensor], is_visual: Tensor | None) -> Sequence[Tensor]:
+        """Plain tensors, and noted which rows of the coming forward pass are images to reduce.
+
+        Args:
+            embeddings: of the images among the rows, in their order.
+            is_visual: (rows,) bool, which rows those are.
+        """
+        self.images, self.visual = [], None
+        if is_visual is None or not any(isinstance(e, VisualTokens) for e in embeddings):
+            return embeddings
+        self.visual = is_visual.cpu()  # the host waits, but only in a step that reduces
+        rows = self.visual.nonzero()[:, 0].tolist()
+        first, plain = 0, []
+        for tokens in embeddings:
+            if isinstance(tokens, VisualTokens):
+                start = rows[first]
+                self.images.append(self._image(start, tokens))
+                tokens = tokens.as_subclass(torch.Tensor)
+            plain.append(tokens)
+            first += len(tokens)
+        return plain
+
+    def _image(self, start: int, tokens: VisualTokens) -> Image:
+        part, stages = tokens.reduction.spec.decoder, self.geometry.decoder_stages(tokens.reduction)
+        assert part is not None
+        last = len(part.steps) - 1
+        steps = {stage: part.steps[min(place, last)] for place, stage in enumerate(stages)}
+        options = tokens.reduction.parsed_options()
+        return Image(start, start + len(tokens), options, steps, tokens.places, tokens.lot)
+
+    def __call__(
+        self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
+    ) -> Tensor:
+        """The forward pass: (rows, D); rows that left on the way are zero, nobody reads them."""
+        images, self.images = self.images, []
+        hidden = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        total, residual, index = len(hidden), None, None
+        context = get_forward_context()
+        for number, stage in enumerate(self.stages):
+            if number and isinstance(context.attn_metadata, dict):
+                names = [layer.self_attn.attn.layer_name for layer in stage.layers]
+                rows: Rows | None = context.attn_metadata[names[0]].ficoco_rows
+                if rows is not None:
+                    batch = Batch(hidden, residual, positions, index)
+                    hidden, residual, positions = self._reduce(number, batch, rows, images)
+                    index = rows.index
+                    for name in names:
+                        # Keys and values go where the context says, not where the metadata do.
+                        context.slot_mapping[name] = context.attn_metadata[name].ficoco_rows.slots
+            hidden, residual = stage(positions, hidden, residual)
+        hidden, _ = self.model.norm(hidden, residual)
+        if index is None:
+            return hidden
+        return hidden.new_zeros(total, hidden.shape[1]).index_copy_(
+            0, index.to(hidden.device, non_blocking=True), hidden
+        )
+
+    def _reduce(
+        self, number: int, batch: Batch, rows: Rows, images: Sequence[Image]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows that run on: text as it is, of every image the tokens that its method keeps.
+
+        Args:
+            number: of the stage; queries, keys and values of its first layer are the evidence.
+            batch: what comes to the stage.
+            rows: which rows run on.
+            images: that may have lost rows.
+
+        Returns:
+            Hidden states, residual and positions of the rows that run on.
+        """
+        device, layer = batch.hidden.device, self.stages[number].layers[0]
+        before = range(len(batch.hidden)) if batch.rows is None else batch.rows.tolist()
+        after = rows.index.tolist()
+        # Where each row that runs on is among those that came; of an image, where its tokens are.
+        source = [bisect_left(before, row) for row in after] if batch.rows is not None else after
+        source = torch.tensor(source)
+        merged: list[tuple[slice, Tensor]] = []
+        picked: list[tuple[slice, Tensor]] = []
+        for image in images:
+            had = slice(bisect_left(before, image.start), bisect_left(before, image.end))
+            has = slice(bisect_left(after, image.start), bisect_left(after, image.end))
+            keep = has.stop - has.start
+            if keep == had.stop - had.start:
+                continue
+            if not keep:
+                continue
+            stream = (batch.hidden[had] + batch.residual[had])[None]
+            tokens = Tokens(stream, image.places[None], stream.new_ones(1, stream.shape[1]))
+            evidence = self._evidence(layer, batch, before, rows, image, had)
+            steps = image.steps[number]
+            tokens = reduce(steps, tokens, evidence, keep, image.options)
+            left = torch.searchsorted(image.places, tokens.position[0])
+            image.places = tokens.position[0]
+            picked.append((has, left + had.start))
+            if steps.compress is not None:
+                merged.append((has, tokens.hidden[0]))
+        at = source.to(device, non_blocking=True)
+        for where, which in picked:
+            at[where] = which
+        hidden, residual = batch.hidden[at], batch.residual[at]
+        for where, stream in merged:
+            hidden[where], residual[where] = 0, stream
+        return hidden, residual, batch.positions[..., at]
+
+    def _evidence(
+        self,
+        layer: nn.Module,
+        batch: Batch,
+        before: Sequence[int],
+        rows: Rows,
+        image: Image,
+        had: slice,
+    ) -> DecoderEvidence:
+        attention = layer.self_attn
+        request_end = rows.requests[bisect_right(rows.requests, image.start)]
+        assert self.visual is not None
+        text = [
+            at
+            for at in range(had.stop, bisect_left(before, request_end))
+            if not self.visual[before[at]]
+        ]
+        if not text:
+            text = [had.stop - 1]  # nothing is asked behind the image: its last token speaks
+
+        speaks = torch.tensor(text).to(batch.hidden.device, non_blocking=True)
+
+        def look(index: Any) -> tuple[Tensor, Tensor, Tensor]:
+            """Queries, keys and values of rows: (1, heads, rows, d) each."""
+            stream = batch.hidden[index] + batch.residual[index]
+            qkv, _ = attention.qkv_proj(layer.input_layernorm(stream))
+            sizes = [attention.q_size, attention.kv_size, attention.kv_size]
+            query, key, value = qkv.split(sizes, dim=-1)
+            query, key = attention.rotary_emb(
+                batch.positions[..., index], query.contiguous(), key.contiguous()
+            )
+            query, key, value = (
+                x.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)[None]
+                for x in (query, key, value)
+            )
+            return query, key, value
+
+        split = attention.total_num_heads > attention.num_heads
+        return DecoderEvidence(
+            look_at_image=lambda: look(had),
+            look_at_text=lambda: look(speaks),
+            lot=image.lot,
+            grid=self.geometry.grid,
+            text_hidden=(batch.hidden[speaks] + batch.residual[speaks])[None],
+            scale=attention.scaling,
+            heads=attention.total_num_heads,
+            **({"sum_over_ranks": self.sum_over_ranks} if split else {}),
+        )

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's scheduler area: plans the gaps of a request before any block is allocated for it.
+
+Turned on with ``--scheduler-cls vllm_ficoco.engine.scheduler.make_scheduler``, which
+``vllm-ficoco serve --reduction-stages`` does; :mod:`vllm_ficoco.engine.checks` says what it needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import SchedulerInterface
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from vllm_ficoco import schedule
+from vllm_ficoco.engine.gaps import Plan, Run
+from vllm_ficoco.engine.kv import GapManager, PlannedHashes
+from vllm_ficoco.models.llava import PACKED_FIELD
+from vllm_ficoco.settings import unpack
+from vllm_ficoco.vision.geometry import geometry_of
+
+logger = init_logger(__name__)
+
+
+class _Planning:
+    """The mixin for both of vLLM's schedulers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.geometry = geometry_of(self.vllm_config.model_config.hf_config)  # type: ignore[attr-defined]
+        managers = self.kv_cache_manager.coordinator.single_type_managers  # type: ignore[attr-defined]
+        strange = [type(m).__name__ for m in managers if not isinstance(m, GapManager)]
+        if strange:
+            raise ValueError(
+                f"reduction stages need a KV cache of decoder layers alone, not also {strange}"
+            )
+        self.managers: tuple[GapManager, ...] = managers
+        made = Counter(manager.stage for manager in managers)
+        due = dict(enumerate(schedule.groups(self.geometry.spans)))
+        if made != due:
+            raise ValueError(f"KV cache groups by stage: {dict(made)}, but {due} were due")
+        self.plans: dict[str, Plan] = {}
+
+    def add_request(self, request: Request) -> None:
+        plan = self._plan(request)
+        if plan is not None:
+            self.plans[request.request_id] = plan
+            for manager in self.managers:
+                if plan.gaps[manager.stage]:
+                    manager.plans[request.request_id] = plan
+        super().add_request(request)  # type: ignore[misc]
+        if plan is not None and request.sampling_params.prompt_logprobs is not None:
+            # There are none for rows that leave. Our front end has refused such a request; for one
+            # that comes another way, this is how vLLM's scheduler ends a request with an error.
+            logger.error("%s: no prompt_logprobs with decoder stages", request.request_id)
+            self.encoder_cache_mismatch_reqs.add(request.request_id)  # type: ignore[attr-defined]
+
+    def _plan(self, request: Request) -> Plan | None:
+        """The plan of a request; None where the decoder reduces nothing of it.
+
+        Its prefix hashes are made such that its blocks are found by requests that reduce alike,
+        and by no other.
+        """
+        runs, keep, settings = [], [], []
+        for feature in request.mm_features or ():
+            packed = feature.data.get(PACKED_FIELD) if feature.data is not None else None
+            reduction = unpack(packed.data) if packed is not None else None
+            place = feature.mm_position
+            runs.append(Run(place.offset, place.offset + place.length))
+            keep.append(self.geometry.held(reduction)[1:])
+            settings.append(reduction)
+        parts = [r.spec.decoder for r in settings if r is not None and r.spec.decoder is not None]
+        if not parts:
+            return None
+        plan = Plan.of(
+            runs,
+            keep,
+            self.managers[0].block_size,
+            request.num_prompt_tokens,
+            any(part.looks_at_question for part in parts),
+        )
+        salt = _salt(request.prompt_token_ids, plan)
+        if salt:
+            request.cache_salt = f"{request.cache_salt or ''}|{salt}"
+            request.block_hashes.clear()
+            request.update_block_hashes()
+        request.block_hashes = PlannedHashes(request.block_hashes, plan)
+        return plan
+
+    def _try_schedule_encoder_inputs(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kw: Any
+    ) -> Any:
+        """As vLLM's, which may cut a prefill short; but never where a method cannot bear it.
+
+        vLLM's own ``disable_chunked_mm_input`` does not do: it lets a prefill stop inside an image
+        that begins where the last one stopped.
+        """
+        plan = self.plans.get(request.request_id)
+        if plan is not None:
+            num_new_tokens = _clipped(plan, num_computed_tokens, num_new_tokens)
+        answer = super()._try_schedule_encoder_inputs(  # type: ignore[misc]
+            request, num_computed_tokens, num_new_tokens, *args, **kw
+        )
+        if plan is None or answer[1] == num_new_tokens:
+            return answer
+        # Cut short before an image that cannot be encoded now: that may be between two images.
+        inputs, cut, *rest = answer
+        return inputs, _clipped(plan, num_computed_tokens, cut), *rest
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)  # type: ignore[misc]
+        self.plans.pop(request.request_id, None)
+        for manager in self.managers:
+            manager.plans.pop(request.request_id, None)
+
+
+def _clipped(plan: Plan, start: int, count: int) -> int:
+    return plan.last_stop(start, start + count) - start
+
+
+def _salt(prompt: Sequence[int], plan: Plan) -> str:
+    """What the KV of a reduced prompt depends on beside the tokens and images up to there.
+
+    An image's hash, which is in the hashes of its blocks, already depends on its settings.
+    """
+    parts = []
+    if plan.looks_at_question:
+        parts.append(hashlib.sha256(repr(list(prompt)).encode()).hexdigest())
+    if plan.runs[-1].end == plan.prompt:  # its gap may be a block shorter, see gap_of
+        parts.append("image at the end")
+    return "|".join(parts)
+
+
+class PlanningScheduler(_Planning, Scheduler):
+    """vLLM's scheduler, with gaps."""
+
+
+class PlanningAsyncScheduler(_Planning, AsyncScheduler):
+    """vLLM's scheduler for asynchronous scheduling, with gaps."""
+
+
+def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> SchedulerInterface:
+    """The scheduler for ``--scheduler-cls``: vLLM has two, and picks by ``async_scheduling``."""
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    cls = PlanningAsyncScheduler if asynchronous else PlanningScheduler
+    return cls(vllm_config=vllm_config, **kwargs)

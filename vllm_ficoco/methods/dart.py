@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DART: keep a few pivots and what is least like them.
+
+Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters
+More", arXiv 2502.11494: pivots are the visual and the text tokens with the longest keys; each
+pivot in turn adds the visual tokens that are least similar to it.
+
+Deviations: every pivot adds as many tokens as make the budget, the first ones one more (the
+authors: int(576 * kept / 8) each, which misses it); ties go to the lower index.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vllm_ficoco.methods.decoding import DecoderEvidence, DecoderOptions, in_decoder
+from vllm_ficoco.methods.paradigm import (
+    DecoderPart,
+    Steps,
+    Tokens,
+    complement,
+    cosine,
+    highest,
+    take,
+)
+
+
+class DartOptions(DecoderOptions):
+    """Options of DART; the numbers are the paper's."""
+
+    visual_pivots: Annotated[int, Field(ge=1, le=64)] = 4
+    text_pivots: Annotated[int, Field(ge=0, le=64)] = 4
+
+
+def filter(tokens: Tokens, evidence: DecoderEvidence, leave: int, options: DartOptions) -> Tensor:
+    keep = len(tokens) - leave
+    visual = highest(evidence.key_norms, min(options.visual_pivots, keep))
+    text = highest(evidence.text_key_norms, options.text_pivots)
+    pivots = torch.cat([take(tokens.hidden, visual), take(evidence.text_hidden, text)], 1)
+    likeness = cosine(pivots, tokens.hidden)  # (B, pivots, n)
+    kept = visual
+    count = pivots.shape[1]
+    for pivot in range(count):
+        share = (keep - visual.shape[1]) // count + (pivot < (keep - visual.shape[1]) % count)
+        if share:
+            taken = likeness[:, pivot].scatter(1, kept, torch.inf)
+            kept = torch.cat([kept, highest(-taken, share)], 1)
+    return complement(kept, len(tokens))
+
+
+DART = in_decoder(
+    "dart",
+    "keeps a few pivots and what is least like them, at one decoder stage",
+    "Wen et al., Stop Looking for Important Tokens, arXiv 2502.11494",
+    DecoderPart(layers=(2,), steps=(Steps(filter),)),
+    DartOptions,
+)
