@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[0] != "serve":
         parser.error(f"unknown command {arguments[0]!r}; there is: serve")
     flags, rest = parser.parse_known_args(arguments[1:])
+    stages = _layers(parser, flags.__dict__.pop("stages"))
     for name, value in vars(flags).items():
         if value is not None:
             os.environ[f"FICOCO_{name.upper()}"] = value
@@ -70,7 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Policy.from_environment()
     except PolicyError as error:
         parser.error(str(error))
-    serve(rest)
+    serve(rest, stages)
+
+
+def _layers(parser: argparse.ArgumentParser, said: str | None) -> list[int]:
+    """The layers named with --reduction-stages."""
+    if said is None:
+        return []
+    try:
+        return [int(layer) for layer in said.split(",")]
+    except ValueError:
+        parser.error(f"--reduction-stages {said!r} is not valid: layers of the decoder, as in 2,22")
 
 
 def prepare(environment: MutableMapping[str, str], rest: Sequence[str]) -> None:
@@ -114,8 +125,13 @@ def _plugins(allowed: str | None) -> list[str]:
     return list(dict.fromkeys([*names, MODEL_PLUGIN, NAME]))
 
 
-def serve(rest: Sequence[str]) -> None:
-    """Run vLLM's ``serve`` in this process, which is what its own command does."""
+def serve(rest: Sequence[str], stages: Sequence[int] = ()) -> None:
+    """Run vLLM's ``serve`` in this process, which is what its own command does.
+
+    Args:
+        rest: its arguments.
+        stages: layers of the decoder at which visual tokens can leave.
+    """
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -133,6 +149,14 @@ def serve(rest: Sequence[str]) -> None:
     if args.grpc or os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0":
         parser.error("budgets need vLLM's HTTP server in Python: not --grpc, not the Rust frontend")
     _resolve_tiny(args)
+    if stages:
+        from vllm_ficoco.engine.checks import SCHEDULER
+        from vllm_ficoco.vision.geometry import STAGES_KEY
+
+        if args.scheduler_cls is not None:
+            parser.error("--reduction-stages brings a scheduler of its own: not --scheduler-cls")
+        args.scheduler_cls = SCHEDULER
+        args.hf_overrides = {**(args.hf_overrides or {}), STAGES_KEY: list(stages)}
     configure_logging_from_args(args)
     command.validate(args)
     command.cmd(args)
@@ -161,6 +185,12 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     group = parser.add_argument_group("reduction", "Each is also read from FICOCO_<NAME>.")
+    group.add_argument(
+        "--reduction-stages",
+        dest="stages",
+        metavar="LAYERS",
+        help="decoder layers at which its methods reduce, as in 2,22 (default: none)",
+    )
     for name, metavar, text in FLAGS:
         group.add_argument(
             f"--reduction-{name}", dest=name.replace("-", "_"), metavar=metavar, help=text

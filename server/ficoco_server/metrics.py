@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from prometheus_client import REGISTRY, Counter, Histogram
 from vllm.entrypoints.serve import create_error_response
@@ -24,8 +24,9 @@ Outcome = Literal["success", "error", "refused", "cancelled"]
 T = TypeVar("T")
 
 BUDGET_BUCKETS = (32, 64, 128, 192, 256, 576)
-FULL, TEXT, MIXED, INVALID = "full", "text", "mixed", "invalid"
-"""Label values for unreduced images, no images, several different settings, refused settings."""
+FULL, TEXT, MIXED, INVALID, BY_STAGE = "full", "text", "mixed", "invalid", "by stage"
+"""Label values for unreduced images, no images, several different settings, refused settings, and
+tokens by stage instead of a budget."""
 
 
 def _once(kind: type[T], name: str, text: str, labels: Sequence[str], **how: Any) -> T:
@@ -37,13 +38,21 @@ def _once(kind: type[T], name: str, text: str, labels: Sequence[str], **how: Any
 VISUAL_TOKENS = _once(
     Counter,
     "vllm_ficoco_visual_tokens_total",
-    "Visual tokens of images that were prefilled: before the reduction and kept after it.",
+    "Visual tokens of images that were prefilled: before the reduction (stage input), kept after "
+    "it on average over decoder layers (kept), and, on a server with decoder stages, in the layers "
+    "of each (layer_N, its first layer).",
     ["stage", "method"],
 )
 BYTES_SAVED = _once(
     Counter,
     "vllm_ficoco_kv_cache_bytes_saved_total",
     "Bytes of KV cache that dropped visual tokens would have held.",
+    ["method"],
+)
+BLOCKS_SAVED = _once(
+    Counter,
+    "vllm_ficoco_kv_blocks_saved_total",
+    "KV cache blocks, as vLLM counts them, that dropped visual tokens would have filled.",
     ["method"],
 )
 REQUESTS = _once(
@@ -79,10 +88,22 @@ def budget_bucket(reduction: Reduction | None) -> str:
     """The label of an image's budget."""
     if reduction is None:
         return FULL
+    if reduction.budget is None:
+        return BY_STAGE
     for edge in BUDGET_BUCKETS:
         if reduction.budget <= edge:
             return f"<={edge}"
     return f">{BUDGET_BUCKETS[-1]}"
+
+
+class Prefilled(NamedTuple):
+    """What an image leaves in the KV cache."""
+
+    method: str
+    tokens: dict[str, int]
+    """Visual tokens by what the series calls the stage."""
+    bytes_saved: int
+    blocks_saved: float
 
 
 class Observation:
@@ -92,7 +113,7 @@ class Observation:
         self.arrival = time.perf_counter()
         self.method, self.budget = NO_REDUCTION, TEXT
         self.cancelled = self.failed = False
-        self._images: list[tuple[str, int, int, int]] = []
+        self._images: Sequence[Prefilled] = ()
         self._started = self._ended = False
         self._last: dict[int, float] = {}
 
@@ -104,12 +125,9 @@ class Observation:
             self.method = methods.pop() if len(methods) == 1 else MIXED
             self.budget = budgets.pop() if len(budgets) == 1 else MIXED
 
-    def describe(self, images: Sequence[dict[str, Any]], kv_bytes: int) -> None:
-        """Say what the images hold, from the report, once the prompt is rendered."""
-        self._images = [
-            (i["method"], i["visual_tokens_before"], i["visual_tokens_kept"], kv_bytes)
-            for i in images
-        ]
+    def describe(self, images: Sequence[Prefilled]) -> None:
+        """Say what the images will hold, once the prompt is rendered."""
+        self._images = images
 
     def finish(self, outcome: Outcome) -> None:
         """The end of the request; only the first one counts."""
@@ -166,10 +184,11 @@ class Observation:
         if self._started:
             return
         self._started = True
-        for method, before, kept, kv_bytes in self._images:
-            VISUAL_TOKENS.labels("input", method).inc(before)
-            VISUAL_TOKENS.labels("kept", method).inc(kept)
-            BYTES_SAVED.labels(method).inc((before - kept) * kv_bytes)
+        for method, tokens, bytes_saved, blocks_saved in self._images:
+            for stage, count in tokens.items():
+                VISUAL_TOKENS.labels(stage, method).inc(count)
+            BYTES_SAVED.labels(method).inc(bytes_saved)
+            BLOCKS_SAVED.labels(method).inc(blocks_saved)
 
     def _tick(self, result: Any) -> None:
         """A result with new tokens has come."""

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
-from ficoco_server.metrics import INVALID, MIXED
+from ficoco_server.metrics import INVALID, MIXED, Prefilled
 from ficoco_server.policy import Policy
 from ficoco_server.protocol import OUR_KEYS, ReductionFields, count_images
 from ficoco_server.resolve import Level, settle
+from vllm_ficoco import schedule
 from vllm_ficoco.cost import Decoder, prefill_flops_ratio
+from vllm_ficoco.engine.gaps import Run, held_of
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.plugin import MODELS
 from vllm_ficoco.settings import NO_REDUCTION, Reduction, SettingsError
@@ -27,6 +31,7 @@ class Reducer:
         model = vllm_config.model_config
         self.policy = policy
         self.model_name = model.served_model_name
+        self.block_size = vllm_config.cache_config.block_size
         self.geometry: Geometry | UnsupportedModel
         try:
             if model.architecture not in MODELS:
@@ -66,9 +71,15 @@ class Reducer:
             self._refuse_hidden(request)
             images = request._asked.images
             earlier = max(count_images(messages) - len(images), 0)
-            return settle(
+            settings = settle(
                 self.policy, request.level, [Level()] * earlier + [*images], self.geometry
             )
+            logprobs = getattr(request, "prompt_logprobs", None)
+            if logprobs is not None and any(r and r.spec.decoder for r in settings):
+                raise SettingsError(
+                    "prompt_logprobs", logprobs, "left out where tokens leave inside the decoder"
+                )
+            return settings
         except SettingsError as error:
             request._seen.method = INVALID
             raise VLLMValidationError(str(error), parameter=error.field) from None
@@ -98,43 +109,109 @@ class Reducer:
             RuntimeError: it is not what the settings say.
         """
         placeholders = (engine_input.get("mm_placeholders") or {}).get("image", [])
-        held = [placeholder.length for placeholder in placeholders]
+        entering = [placeholder.length for placeholder in placeholders]
         geometry = None if isinstance(self.geometry, UnsupportedModel) else self.geometry
         expected = [
             count if geometry is None or is_embeds else geometry.kept(reduction)
-            for reduction, is_embeds, count in zip(settings, embeds, held, strict=False)
+            for reduction, is_embeds, count in zip(settings, embeds, entering, strict=False)
         ]
-        if len(held) != len(settings) or held != expected:
-            raise RuntimeError(f"{expected} visual tokens were due, but the engine holds {held}")
-        if not held:
+        if len(entering) != len(settings) or entering != expected:
+            raise RuntimeError(
+                f"{expected} visual tokens were due, but the engine was given {entering}"
+            )
+        if not entering:
             return None
-        images = [
+        prompt = len(engine_input["prompt_token_ids"])
+        before = [
+            geometry.tokens if reduction and geometry else count
+            for reduction, count in zip(settings, entering, strict=True)
+        ]
+        spans = self._spans
+        by_stage = [
+            self._held_in_stages(reduction, place, prompt)
+            for reduction, place in zip(settings, placeholders, strict=True)
+        ]
+        kept = [math.ceil(schedule.average_over_layers(held, spans)) for held in by_stage]
+        images: list[dict[str, Any]] = [
             {
                 "method": reduction.method if reduction else NO_REDUCTION,
                 "budget": reduction.budget if reduction else None,
-                "visual_tokens_before": geometry.tokens if reduction and geometry else kept,
-                "visual_tokens_kept": kept,
+                "visual_tokens_before": had,
+                "visual_tokens_kept": on_average,
+                **({"visual_tokens_by_stage": held} if len(spans) > 1 else {}),
             }
-            for reduction, kept in zip(settings, held, strict=True)
+            for reduction, had, on_average, held in zip(
+                settings, before, kept, by_stage, strict=True
+            )
         ]
-        before, kept = sum(i["visual_tokens_before"] for i in images), sum(held)
         methods, budgets = ({image[key] for image in images} for key in ("method", "budget"))
-        text = len(engine_input["prompt_token_ids"]) - kept
-        per_token = self.decoder.kv_bytes_per_token
+        text, layers = prompt - sum(entering), self.decoder.layers
+        in_layers = sum(schedule.total_over_layers(held, spans) for held in by_stage)
+        per_layer = self.decoder.kv_bytes_per_token // layers
+        ratio = 1.0
+        if in_layers < sum(before) * layers:
+            of_layer = [
+                text + sum(stage)
+                for stage, count in zip(zip(*by_stage, strict=True), spans, strict=True)
+                for _ in range(count)
+            ]
+            ratio = prefill_flops_ratio(of_layer, text + sum(before), self.decoder)
         return {
             "method": methods.pop() if len(methods) == 1 else MIXED,
             "budget": budgets.pop() if len(budgets) == 1 else None,
-            "visual_tokens_before": before,
-            "visual_tokens_kept": kept,
-            "kv_cache_bytes_held": kept * per_token,
-            "kv_cache_bytes_saved": (before - kept) * per_token,
-            "estimated_prefill_flops_ratio": round(
-                prefill_flops_ratio(text, before, kept, self.decoder), 4
-            )
-            if before > kept
-            else 1.0,
+            "visual_tokens_before": sum(before),
+            "visual_tokens_kept": sum(kept),
+            "kv_cache_bytes_held": in_layers * per_layer,
+            "kv_cache_bytes_saved": (sum(before) * layers - in_layers) * per_layer,
+            "estimated_prefill_flops_ratio": round(ratio, 4),
             "images": images,
         }
+
+    @property
+    def _spans(self) -> list[int]:
+        """Layers of every stage of the decoder."""
+        geometry = self.geometry
+        if isinstance(geometry, UnsupportedModel) or not geometry.starts:
+            return [self.decoder.layers]
+        return geometry.spans
+
+    def prefilled(self, report: dict[str, Any] | None) -> list[Prefilled]:
+        """What the images of a report add to the metrics, once they are in the KV cache."""
+        spans, layers = self._spans, self.decoder.layers
+        groups, starts = schedule.groups(spans), [0, *accumulate(spans[:-1])]
+        per_layer = self.decoder.kv_bytes_per_token // layers
+        images = []
+        for image in report["images"] if report else ():
+            before, kept = image["visual_tokens_before"], image["visual_tokens_kept"]
+            by_stage = image.get("visual_tokens_by_stage", [kept])
+            tokens = {"input": before, "kept": kept}
+            if len(spans) > 1:
+                tokens |= {f"layer_{n}": held for n, held in zip(starts, by_stage, strict=True)}
+            left = [before - held for held in by_stage]
+            images.append(
+                Prefilled(
+                    image["method"],
+                    tokens,
+                    schedule.total_over_layers(left, spans) * per_layer,
+                    schedule.total_over_layers(left, groups) / self.block_size,
+                )
+            )
+        return images
+
+    def _held_in_stages(self, reduction: Reduction | None, place: Any, prompt: int) -> list[int]:
+        """Visual tokens of an image in every stage of the decoder, in whole blocks."""
+        if reduction is None or reduction.spec.decoder is None:
+            stages = () if isinstance(self.geometry, UnsupportedModel) else self.geometry.starts
+            return [place.length] * (1 + len(stages))
+        assert not isinstance(self.geometry, UnsupportedModel)
+        run = Run(place.offset, place.offset + place.length)
+        return [
+            place.length,
+            *(
+                held_of(run, keep, self.block_size, prompt)
+                for keep in self.geometry.held(reduction)[1:]
+            ),
+        ]
 
     def describe(self) -> dict[str, Any]:
         """The answer to ``GET /v1/reduction``."""
@@ -149,6 +226,8 @@ class Reducer:
                 "visual_tokens": geometry.tokens,
                 "tower_layers": geometry.layers,
                 "has_cls": geometry.has_cls,
+                "decoder_stages": list(geometry.starts),
+                "kv_cache_groups": schedule.groups(self._spans),
             }
             details = {"low": policy.low(geometry), "high": policy.high()}
         return {
@@ -173,7 +252,8 @@ class Reducer:
                     "name": method.name,
                     "idea": method.idea,
                     "paper": method.paper or None,
-                    "place": method.place,
+                    "places": method.places,
+                    "decoder_stages": method.decoder.least_stages if method.decoder else 0,
                     "options": method.options.model_json_schema(),
                 }
                 for method in METHODS.values()

@@ -6,10 +6,12 @@ The nearest wins: the image, then the request, then the server's default.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ficoco_server.policy import BY_POLICY, Policy
+from vllm_ficoco.schedule import average_over_layers
 from vllm_ficoco.settings import (
     BUDGET_KEY,
     MAX_BUDGET,
@@ -89,7 +91,11 @@ def _narrow(
     inherited = around.options if method == around.method else {}
     budget, options = said.get("budget", around.budget), said.get("options", inherited)
     settings = {**said, "method": method, "options": options}
-    settings["budget"] = 1 if budget is None else budget  # checked where it is really needed
+    if isinstance(options, Mapping) and options.get("tokens") is not None:
+        budget = said.get("budget")  # that of a level around does not hold: these are instead of it
+        settings["budget"] = budget
+    else:
+        settings["budget"] = 1 if budget is None else budget  # checked where it is really needed
     if field.endswith(REDUCTION_KEY):
         checked = Reduction.parse(settings, field)
         return Wish(checked.method, budget, checked.options, field)
@@ -151,7 +157,7 @@ def _admit(
         return None
     if not wish.field and (wish.budget is None or image.embeds):
         return None
-    if wish.budget is None:
+    if wish.budget is None and wish.options.get("tokens") is None:
         raise SettingsError(
             f"{wish.field}.budget", None, "given: this server has no default budget"
         )
@@ -167,10 +173,18 @@ def _admit(
             f"one of {', '.join(policy.methods)}, {BY_POLICY}",
         )
     field = f"{wish.field}.budget" if whole else wish.field
-    if not policy.min_budget <= wish.budget <= (policy.max_budget or MAX_BUDGET):
-        raise SettingsError(field, wish.budget, policy.limits())
+    if wish.budget is not None:
+        _within(policy, wish.budget, field)
     reduction = Reduction.parse(
         {"method": wish.method, "budget": wish.budget, "options": wish.options}
     )
     geometry.stages(reduction, field)
+    if wish.budget is None:
+        held = geometry.held(reduction, field)
+        _within(policy, math.ceil(average_over_layers(held, geometry.spans)), field)
     return reduction.for_tokens(geometry.tokens)
+
+
+def _within(policy: Policy, budget: int, field: str) -> None:
+    if not policy.min_budget <= budget <= (policy.max_budget or MAX_BUDGET):
+        raise SettingsError(field, budget, policy.limits())

@@ -94,8 +94,7 @@ class ReductionRenderer(OnlineRenderer):
         asked = request._asked.images
         embeds = [False] * (len(settings) - len(asked)) + [image.embeds for image in asked]
         request._report = self.reducer.report(settings, embeds, engine_input)
-        images = request._report["images"] if request._report else []
-        request._seen.describe(images, self.reducer.decoder.kv_bytes_per_token)
+        request._seen.describe(self.reducer.prefilled(request._report))
         return rendered
 
 
@@ -169,7 +168,7 @@ class ReductionResponses(OpenAIServingResponses):
             if request._report:
                 response.reduction = request._report
                 details = response.usage.input_tokens_details
-                details.image_tokens = request._report["visual_tokens_kept"]
+                details.image_tokens = _in_prompt(request._report)
             seen.finish("success")
         return response
 
@@ -216,10 +215,22 @@ async def _refuse_harmony(handler: Any, request: ReductionFields, work: Any) -> 
 
 
 def _with_visual(details: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """``usage.prompt_tokens_details`` with the visual tokens that the engine holds."""
-    kept = report["visual_tokens_kept"]
+    """``usage.prompt_tokens_details`` with the visual tokens of the prompt."""
+    visual = _in_prompt(report)
     by_modality = details.get("multimodal_tokens") or {}
-    return {**details, "multimodal_tokens": {**by_modality, "image": kept}, "image_tokens": kept}
+    return {
+        **details,
+        "multimodal_tokens": {**by_modality, "image": visual},
+        "image_tokens": visual,
+    }
+
+
+def _in_prompt(report: dict[str, Any]) -> int:
+    """Visual tokens among those of the prompt: what enters the decoder."""
+    return sum(
+        image.get("visual_tokens_by_stage", [image["visual_tokens_kept"]])[0]
+        for image in report["images"]
+    )
 
 
 async def _with_report(

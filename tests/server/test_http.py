@@ -351,6 +351,8 @@ def test_about_reduction(server: Server) -> None:
         "visual_tokens": TOKENS,
         "tower_layers": 9,
         "has_cls": True,
+        "decoder_stages": [],
+        "kv_cache_groups": [1],
         "kv_cache_bytes_per_token": KV_BYTES,
     }
     assert about["defaults"] == {
@@ -408,6 +410,7 @@ def test_metrics_of_requests(server: Server) -> None:
     assert change(tokens, stage="kept", method="topk") == 5 * 50
     saved = 5 * (TOKENS - 50) * KV_BYTES
     assert change("vllm_ficoco_kv_cache_bytes_saved_total", method="topk") == saved
+    assert change("vllm_ficoco_kv_blocks_saved_total", method="topk") > 0
     first, between, whole = (change(name, **BUDGETED) for name in HISTOGRAMS)
     assert (first, whole) == (5, 5)
     assert between >= 1 + 5  # the mean of the first request, the gaps of the second

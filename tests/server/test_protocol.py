@@ -312,12 +312,13 @@ async def _stream(*chunks: str, n: int = 1, report: bool = True) -> tuple[list[s
         for one in chunks:
             yield one
 
-    held = {"visual_tokens_kept": 64} if report else None
+    held = REPORT if report else None
     request: Any = SimpleNamespace(_seen=Observation(), _report=held, n=n)
     return [one async for one in _with_report(request, source())], request._seen
 
 
 DONE = "data: [DONE]\n\n"
+REPORT = {"visual_tokens_kept": 64, "images": [{"visual_tokens_kept": 64}]}
 
 
 @pytest.mark.parametrize(
@@ -333,7 +334,7 @@ async def test_the_last_chunk_bears_the_report(chunks: list[str], n: int) -> Non
     got, _ = await _stream(*chunks, DONE, n=n)
     assert got[:-2] == chunks[:-1] and got[-1] == DONE
     last = json.loads(got[-2].removeprefix("data: "))
-    assert last.pop("reduction") == {"visual_tokens_kept": 64}
+    assert last.pop("reduction") == REPORT
     if "usage" in last:
         assert last["usage"].pop("prompt_tokens_details") == {
             "multimodal_tokens": {"image": 64},
