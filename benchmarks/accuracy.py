@@ -9,7 +9,7 @@ Questions to generated scenes (:mod:`vllm_ficoco.tiny_llava.scenes`), drawn from
 greedy answers, exact match; existence tasks also as F1 of "yes", as POPE counts. Every answer is
 written to ``answers.jsonl`` as it comes, so a run that was stopped goes on where it was, and a run
 with other settings adds to it. From all that is there, ``results.json``, ``table.md``,
-``ablations.md`` and two plots are made.
+``ablations.md``, ``decoder.md`` and plots are made.
 
 Needs the package's extra ``eval``.
 """
@@ -37,10 +37,14 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from vllm_ficoco.engine.checks import SCHEDULER
+from vllm_ficoco.engine.gaps import Run, held_of
 from vllm_ficoco.methods import METHODS
+from vllm_ficoco.schedule import average_over_layers
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.tiny_llava import CHECKPOINT
 from vllm_ficoco.tiny_llava.scenes import TASKS, Question, Scene, SceneMaker
+from vllm_ficoco.vision.geometry import STAGES_KEY, geometry_of
 
 SEED = 20_000
 """Of the held-out scenes; training draws from seeds beyond a million."""
@@ -62,12 +66,45 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
 )
 """FiCoCo-V taken apart, as in its paper's tables 2, 6 and 7."""
 
+STAGES = (1, 2, 4)
+"""First layers of the decoder stages that ``--decoder`` needs: three, for SparseVLM and
+PyramidDrop. The shipped model has 6 layers."""
+
+AT_ONCE = (112, 80, 48)
+BY_STEPS = ((112, 80, 48), (80, 48, 48))
+"""Tokens from the first stage on, and at each stage. 144 less 1, 2 and 3 KV blocks of 32, so that
+all methods hold as much as each other."""
+
+BLOCK = 32
+"""Tokens of a KV block on CPUs."""
+
+L_ABLATIONS: tuple[dict[str, Any], ...] = (
+    {"beta": 0.0},  # without local redundancy
+    {"beta": 1.0},  # without task redundancy
+    {"coefficient": 2.0},  # with the penalty for neighbours
+    {"gamma": 1.0},  # without indirect correlation
+    {"gamma": 0.0},  # without direct correlation
+    {"receivers": 0},
+    {"receivers": 1},
+    {"receivers": 2},
+    {"weighted": False, "epsilon": 0.95},
+    {"normalise": False},
+    {"attention": "probabilities"},
+    {"causal": True},
+    {"attention": "probabilities", "causal": True},
+    {"text": "is looked at"},
+    {"attention": "probabilities", "text": "is looked at"},
+    {"text": "is looked at", "causal": True},
+)
+"""FiCoCo-L taken apart, as in the paper's table 4, and read in every way that it can be."""
+
 
 class Setting(NamedTuple):
     """One row of the table."""
 
     method: str
     budget: int
+    """0 where the options have the tokens of every stage."""
     options: dict[str, Any] = {}
 
     @property
@@ -75,6 +112,12 @@ class Setting(NamedTuple):
         """Key of the row in the results."""
         extra = json.dumps(self.options, sort_keys=True) if self.options else ""
         return f"{self.method}@{self.budget}{extra}"
+
+    @property
+    def variant(self) -> str:
+        """The options that do not say how many tokens stay; to sort by."""
+        rest = {key: value for key, value in self.options.items() if key != "tokens"}
+        return json.dumps(rest, sort_keys=True) if rest else ""
 
     @classmethod
     def of(cls, name: str) -> Setting:
@@ -88,6 +131,8 @@ class Setting(NamedTuple):
         """The request's field."""
         if self.method == "none":
             return {"method": "none"}
+        if "tokens" in self.options:
+            return {"method": self.method, "options": self.options}
         return {"method": self.method, "budget": self.budget, "options": self.options}
 
 
@@ -99,6 +144,26 @@ class Answer(NamedTuple):
     """Visual tokens that the server says, or the engine's prompt shows, it held."""
     kv_bytes: int | None = None
     flops_ratio: float | None = None
+
+
+def decoder_settings() -> list[Setting]:
+    """Methods inside the decoder, at equal KV cache: one place, three, and the tower as well."""
+
+    def at(method: str, *tokens: int, **options: Any) -> Setting:
+        return Setting(method, 0, {"tokens": list(tokens), **options})
+
+    inside = [n for n, m in METHODS.items() if m.decoder and m.place == "nowhere"]
+    both = [n for n, m in METHODS.items() if m.decoder and m.place != "nowhere"]
+    one_place = [n for n in inside if n in ("fastv", "dart")]
+    at_once = [n for n in inside if n not in (*one_place, "sparsevlm", "pyramiddrop")]
+    by_steps = [n for n in inside if n not in one_place]
+    return [
+        *(at(name, tokens) for name in one_place for tokens in AT_ONCE),
+        *(at(name, tokens, tokens, tokens) for name in at_once for tokens in AT_ONCE),
+        *(at(name, *tokens) for name in by_steps for tokens in BY_STEPS),
+        *(Setting(name, budget) for name in both for budget in (48, 32, 16)),
+        *(at("ficoco-l", *[n] * 3, **options) for options in L_ABLATIONS for n in (80, 48)),
+    ]
 
 
 def held_out(questions: int) -> list[tuple[Scene, Question]]:
@@ -215,19 +280,29 @@ class Engine:
         self.llm = llm
 
     @classmethod
-    def start(cls, model: str) -> Engine:
-        """With a new engine, in float32, which CPUs are quickest at."""
+    def start(cls, model: str, starts: Sequence[int] = ()) -> Engine:
+        """With a new engine, in float32, which CPUs are quickest at.
+
+        Args:
+            model: its name.
+            starts: first layers of the decoder's stages.
+        """
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 
+        staged: dict[str, Any] = {}
+        if starts:
+            overrides = {STAGES_KEY: list(starts)}
+            staged = {"scheduler_cls": SCHEDULER, "hf_overrides": overrides, "block_size": BLOCK}
         llm = LLM(
             model=str(CHECKPOINT) if model == "tiny-llava" else model,
             max_model_len=512,
             dtype="float32",
             enforce_eager=True,
             limit_mm_per_prompt={"image": 1},
+            **staged,
         )
         return cls(llm)
 
@@ -250,8 +325,19 @@ class Engine:
             prompts, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False
         )
         for (index, *_), output in zip(asked, outputs, strict=True):
-            kept = list(output.prompt_token_ids).count(image_token)
-            done(index, Answer(output.outputs[0].text, kept))
+            done(index, Answer(output.outputs[0].text, self._held(output, setting, image_token)))
+
+    def _held(self, output: Any, setting: Setting, image_token: int) -> int:
+        """Visual tokens that a decoder layer held on average."""
+        prompt = list(output.prompt_token_ids)
+        start, entered = prompt.index(image_token), prompt.count(image_token)
+        geometry = geometry_of(self.llm.model_config.hf_config)
+        reduction = Reduction.parse(setting.reduction)
+        if reduction is None or reduction.spec.decoder is None:
+            return entered
+        run = Run(start, start + entered)
+        held = [held_of(run, n, BLOCK, len(prompt)) for n in geometry.held(reduction)[1:]]
+        return math.ceil(average_over_layers([entered, *held], geometry.spans))
 
 
 # --- Summing up ---------------------------------------------------------------------------------
@@ -372,8 +458,8 @@ def plot(
     unit = kv_bytes / 2**20 if kv_bytes else 1
     for method in dict.fromkeys(s.method for s in settings):
         rows = sorted(
-            (s for s in settings if s.method == method and not s.options and s.name in results),
-            key=lambda s: s.budget,
+            (s for s in settings if s.method == method and s.name in results),
+            key=lambda s: float(results[s.name]["visual_tokens_kept"][0]),
         )
         x = [results[s.name]["visual_tokens_kept"][0] * unit for s in rows]
         y = [100 * results[s.name]["average"] for s in rows]
@@ -422,17 +508,19 @@ def settings_of(methods: Sequence[str], budgets: Sequence[int], full: int) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    before_decoder = [n for n, m in METHODS.items() if n != "none" and not m.decoder]
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--base-url", help="an OpenAI-compatible server, with /v1")
     where.add_argument("--serve", metavar="MODEL", help="start a server for it, and stop it")
     where.add_argument("--in-process", metavar="MODEL", help="an engine without HTTP")
     parser.add_argument("--serve-args", default="--dtype float32", help="more flags of the server")
     parser.add_argument("--model", default="tiny-llava", help="name of the model on the server")
-    parser.add_argument("--methods", default=",".join(m for m in METHODS if m != "none"))
+    parser.add_argument("--methods", default=",".join(before_decoder))
     parser.add_argument("--budgets", default="48,32,16,8")
     parser.add_argument("--tokens", type=int, default=144, help="of an unreduced image")
     parser.add_argument("--options", help="JSON; for every method named with --methods")
     parser.add_argument("--ablations", action="store_true", help="FiCoCo-V taken apart, too")
+    parser.add_argument("--decoder", action="store_true", help="methods in the decoder instead")
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("reports/accuracy"))
@@ -448,6 +536,9 @@ def main() -> None:
     thirds = (args.tokens // 3, args.tokens // 9)
     if args.ablations:
         settings += [Setting("ficoco-v", b, o) for o in ABLATIONS for b in thirds]
+    if args.decoder:
+        settings = [settings[0], *decoder_settings()]
+        args.serve_args += f" --reduction-stages {','.join(map(str, STAGES))}"
     for setting in settings:
         Reduction.parse(setting.reduction)
     asked = held_out(args.questions)
@@ -459,7 +550,11 @@ def main() -> None:
         for s in settings
     ]
     total = sum(len(questions) for _, questions in missing)
-    engine = Engine.start(args.in_process) if args.in_process and total else None
+    engine = (
+        Engine.start(args.in_process, STAGES if args.decoder else ())
+        if args.in_process and total
+        else None
+    )
     server = (
         serving(args.serve, args.serve_args.split())
         if args.serve and total
@@ -486,20 +581,24 @@ def main() -> None:
     results = summarise(answers, asked)
     found = [Setting.of(name) for name in answers]
     order = ["none", *METHODS]
-    found.sort(key=lambda s: (order.index(s.method), s.name.partition("{")[2], -s.budget))
-    plain = [s for s in found if not s.options]
+    held = {s.name: results[s.name]["visual_tokens_kept"] for s in found}
+    found.sort(key=lambda s: (order.index(s.method), s.variant, -held[s.name][0]))
+    inside = [s for s in found if s.method != "none" and METHODS[s.method].decoder]
+    plain = [s for s in found if not s.options and s not in inside]
+    parts = [s for s in found if s.method == "ficoco-v" and s.budget in thirds]
+    whole = [s for s in plain if s.method == "none"]
     wrong = [
-        (s.name, results[s.name]["visual_tokens_kept"])
-        for s in found
-        if results[s.name]["visual_tokens_kept"] != [s.budget]
+        (s.name, held[s.name]) for s in found if s not in inside and held[s.name] != [s.budget]
     ]
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
-    (args.out / "table.md").write_text(table(results, plain))
-    (args.out / "ablations.md").write_text(
-        table(results, [s for s in found if s.method == "ficoco-v" and s.budget in thirds])
-    )
+    for name, rows in (("table", plain), ("ablations", parts), ("decoder", whole + inside)):
+        (args.out / f"{name}.md").write_text(table(results, rows))
     plot(results, plain, 0, args.out / "accuracy-by-tokens.png")
     plot(results, plain, args.kv_bytes, args.out / "accuracy-by-kv.png")
+    if inside:
+        best = [s for s in plain if s.method in ("none", "ficoco-v", "ficoco-k")]
+        rows = best + [s for s in inside if not s.variant]
+        plot(results, rows, args.kv_bytes, args.out / "decoder-by-kv.png")
     print(table(results, settings))
     if args.record is not None:
         averages = {s.name: results[s.name]["average"] for s in settings}

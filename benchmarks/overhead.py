@@ -3,11 +3,12 @@
 
     python benchmarks/overhead.py off     # reduction off: requests through stock vLLM and ours
     python benchmarks/overhead.py tower   # the tower with each method, beside vLLM's own
+    python benchmarks/overhead.py stages  # decode steps with decoder stages that nobody uses
 
 ``off`` takes the shipped model, whose forward passes are short, so that what the plugin adds per
 request shows most. ``tower`` takes LLaVA-1.5's: CLIP-L at 336 px, 576 tokens, 23 layers, random
-weights. What is compared runs interleaved in one run; medians of the rounds and their spread are
-printed, and ratios are what to quote.
+weights. ``stages`` takes a decoder of 32 small layers. What is compared runs interleaved in one
+run; medians of the rounds and their spread are printed, and ratios are what to quote.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vllm_ficoco.engine.checks import SCHEDULER
+from vllm_ficoco.schedule import groups, spans
 from vllm_ficoco.tiny_llava import CHECKPOINT as SHIPPED
 
 BUDGETS = (192, 64)
@@ -85,63 +88,75 @@ def images(seed: int, count: int) -> list[Any]:
     ]
 
 
-def child() -> None:
-    """An engine that serves a batch of requests for every seed it reads."""
+class Child:
+    """An engine in a process of its own, which answers each seed with seconds."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *arguments],
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._read("ready")
+
+    def __call__(self, seed: int) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{seed}\n")
+        self.process.stdin.flush()
+        return float(self._read("seconds"))
+
+    def _read(self, word: str) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word).strip()
+        raise SystemExit("the engine ended")
+
+    def close(self) -> None:
+        """The end of its seeds; killed, it would leave its workers behind."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def in_turn(children: Sequence[Child], rounds: int) -> list[tuple[float, ...]]:
+    """Seconds of each in every round but the first two; who goes first changes."""
+    times = []
+    for i in range(rounds + 2):
+        order = [(i + j) % len(children) for j in range(len(children))]
+        taken = {which: children[which](i) for which in order}
+        times.append(tuple(taken[which] for which in range(len(children))))
+    for child in children:
+        child.close()
+    return times[2:]
+
+
+def prompts(seed: int, count: int) -> list[dict[str, Any]]:
+    """Requests with one unseen image each."""
+    text = "USER: <image> what is there ? ASSISTANT:"
+    return [{"prompt": text, "multi_modal_data": {"image": image}} for image in images(seed, count)]
+
+
+def batch_child() -> None:
+    """Serves a batch of requests for every seed it reads."""
     from vllm import SamplingParams
 
     llm = engine(SHIPPED, dtype="float32", max_num_seqs=REQUESTS)
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     print("ready", flush=True)
     for line in sys.stdin:
-        prompts = [
-            {
-                "prompt": "USER: <image> what is there ? ASSISTANT:",
-                "multi_modal_data": {"image": image},
-            }
-            for image in images(int(line), REQUESTS)
-        ]
+        asked = prompts(int(line), REQUESTS)
         start = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
+        llm.generate(asked, params, use_tqdm=False)
         print(f"seconds {time.perf_counter() - start}", flush=True)
 
 
 def off(rounds: int) -> None:
     """Requests with one image each, through vLLM without and with the plugin, in turn."""
-
-    def start(plugins: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, __file__, "child"],
-            env={**os.environ, "VLLM_PLUGINS": plugins},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def answer(process: subprocess.Popen[str], word: str) -> str:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(word):
-                return line.removeprefix(word).strip()
-        raise SystemExit("the engine ended")
-
-    def batch(process: subprocess.Popen[str], seed: int) -> float:
-        assert process.stdin is not None
-        process.stdin.write(f"{seed}\n")
-        process.stdin.flush()
-        return float(answer(process, "seconds"))
-
-    stock, ours = start(""), start("vllm_ficoco")
-    answer(stock, "ready"), answer(ours, "ready")
-    times: list[tuple[float, float]] = []
-    for i in range(rounds + 2):
-        pair = (stock, ours) if i % 2 else (ours, stock)  # who goes first alternates
-        taken = {process: batch(process, i) for process in pair}
-        times.append((taken[stock], taken[ours]))
-    for process in (stock, ours):
-        assert process.stdin is not None
-        process.stdin.close()  # the end of its seeds; killed, it would leave its workers behind
-        process.wait(60)
-    times = times[2:]  # warm-up
+    stock, ours = (Child("batch-child", VLLM_PLUGINS=name) for name in ("", "vllm_ficoco"))
+    times = in_turn((stock, ours), rounds)
     ratios = sorted(b / a for a, b in times)
     print(f"\n| | seconds for {REQUESTS} requests | ratio to stock |\n| --- | --- | --- |")
     print(f"| stock vLLM | {statistics.median(a for a, _ in times):.3f} | 1 |")
@@ -149,6 +164,56 @@ def off(rounds: int) -> None:
         f"| vllm-ficoco, reduction off | {statistics.median(b for _, b in times):.3f} | "
         f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) |"
     )
+
+
+def decode_child(folder: str, starts: list[int], requests: int) -> None:
+    """Answers with the median of the decode steps of a batch that reduces nothing."""
+    from vllm import SamplingParams
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    options: dict[str, Any] = {"load_format": "dummy", "max_num_seqs": requests}
+    if starts:
+        options["scheduler_cls"] = SCHEDULER
+        options["hf_overrides"] = {"reduction_stages": starts}
+    llm = engine(
+        Path(folder), dtype="float32", max_num_batched_tokens=1024, block_size=32, **options
+    ).llm_engine
+    params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        for i, prompt in enumerate(prompts(int(line), requests)):
+            llm.add_request(f"{line.strip()}-{i}", prompt, params)
+        steps = []
+        while llm.has_unfinished_requests():
+            start = time.perf_counter()
+            llm.step()
+            steps.append(time.perf_counter() - start)
+        print(f"seconds {statistics.median(steps[-48:])}", flush=True)  # all decode by then
+
+
+def stages(folder: Path, rounds: int, requests: int) -> None:
+    """Decode steps without stages and with several layouts, in turn."""
+    deep = {"num_hidden_layers": 32, "hidden_size": 256, "intermediate_size": 640}
+    config = json.loads((SHIPPED / "config.json").read_text())
+    config["text_config"].update(deep)
+    shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("*.safetensors", "examples"))
+    (folder / "config.json").write_text(json.dumps(config))
+    layouts: list[list[int]] = [[], [16], [8, 16, 24], [4], [2]]
+    names = [",".join(map(str, starts)) for starts in layouts]
+    children = [
+        Child("decode-child", "--folder", str(folder), "--starts", n, "--batch", str(requests))
+        for n in names
+    ]
+    times = in_turn(children, rounds)
+    print("\n| `--reduction-stages` | KV cache groups | decode step, ms | ratio to none |")
+    print("| --- | --- | --- | --- |")
+    for i, (starts, name) in enumerate(zip(layouts, names, strict=True)):
+        ratios = sorted(row[i] / row[0] for row in times)
+        print(
+            f"| {name or 'none'} | {sum(groups(spans(starts, 32)))} | "
+            f"{1000 * statistics.median(row[i] for row in times):.2f} | "
+            f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) |"
+        )
 
 
 def tower(folder: Path, rounds: int, batch: int, dtype: str) -> None:
@@ -185,8 +250,8 @@ def tower(folder: Path, rounds: int, batch: int, dtype: str) -> None:
     pixels = torch.randn(batch, 3, 336, 336, device=device).to(getattr(torch, dtype))
     settings = [
         Reduction(method=name, budget=budget)
-        for name in METHODS
-        if name != "none"
+        for name, method in METHODS.items()
+        if name != "none" and method.decoder is None
         for budget in BUDGETS
     ]
 
@@ -227,21 +292,29 @@ def tower(folder: Path, rounds: int, batch: int, dtype: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["off", "tower", "child"])
+    commands = ["off", "tower", "stages", "batch-child", "decode-child"]
+    parser.add_argument("what", choices=commands, metavar="{off,tower,stages}")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16", help="of the tower (CPUs may lack bf16)")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--starts", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if args.what == "child":
-        child()
+    if args.what == "batch-child":
+        batch_child()
+    elif args.what == "decode-child":
+        decode_child(args.folder, [int(n) for n in args.starts.split(",") if n], args.batch)
     elif args.what == "off":
         off(args.rounds)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            tower(checkpoint(Path(folder)), args.rounds, args.batch, args.dtype)
+            if args.what == "stages":
+                stages(Path(folder) / "model", args.rounds, args.batch)
+            else:
+                tower(checkpoint(Path(folder)), args.rounds, args.batch, args.dtype)
 
 
 if __name__ == "__main__":
