@@ -290,6 +290,7 @@ class Engine:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # there is no HTTP to hide
         from vllm import LLM
 
         staged: dict[str, Any] = {}

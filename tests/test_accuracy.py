@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from transformers import LlavaConfig
 
+from vllm_ficoco.methods import METHODS
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.tiny_llava import CHECKPOINT
 from vllm_ficoco.tiny_llava.scenes import TASKS, Scene, SceneMaker, Thing
+from vllm_ficoco.vision.geometry import geometry_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,6 +133,22 @@ def test_a_setting_is_found_by_its_name(accuracy: ModuleType) -> None:
 def test_the_ablations_are_options_that_there_are(accuracy: ModuleType) -> None:
     for options in accuracy.ABLATIONS:
         Reduction.parse(accuracy.Setting("ficoco-v", 16, options).reduction)
+
+
+def test_methods_inside_the_decoder_are_compared_at_equal_kv_cache(accuracy: ModuleType) -> None:
+    """All of them, on the shipped model's stages; those at one place and at all alike."""
+    config = LlavaConfig.from_pretrained(CHECKPOINT)
+    config.reduction_stages = list(accuracy.STAGES)
+    geometry, settings = geometry_of(config), accuracy.decoder_settings()
+    inside = {name for name, method in METHODS.items() if method.decoder}
+    assert {setting.method for setting in settings} == inside
+    held: dict[str, set[tuple[int, ...]]] = {}
+    for setting in settings:
+        reduction = Reduction.parse(setting.reduction)
+        if not setting.variant:
+            held.setdefault(setting.method, set()).add(tuple(geometry.held(reduction)))
+    assert held["fastv"] == held["dart"] < held["ficoco-l"] == held["k-norm"]
+    assert held["sparsevlm"] < held["ficoco-l"]
 
 
 def test_lmms_eval_reads_the_configuration() -> None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +126,20 @@ def test_the_nearest_stages() -> None:
             others = list(combinations(range(1, 5), len(wanted)))
             assert chosen in others
             assert off(chosen) == pytest.approx(min(map(off, others)))
+
+
+def test_the_readmes_table_is_the_arithmetic() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)`, `([\d,]+)` \| (.*) \|$", readme, re.MULTILINE)
+    assert len(rows) == 8
+    for method, starts, cells in rows:
+        model = llava(*map(int, starts.split(",")))
+        *by_budget, smallest = cells.split(" | ")
+        for budget, cell in zip((192, 128, 64), by_budget, strict=True):
+            if cell == "refused":
+                refusal(model, method, budget)
+            else:
+                assert " / ".join(map(str, held(model, method, budget))) == cell, (method, budget)
+        held(model, method, int(smallest))
+        if int(smallest) > 1:
+            assert f"at least {smallest}," in refusal(model, method, int(smallest) - 1).allowed

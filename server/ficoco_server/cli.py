@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[0] != "serve":
         parser.error(f"unknown command {arguments[0]!r}; there is: serve")
     flags, rest = parser.parse_known_args(arguments[1:])
-    stages = _layers(parser, flags.__dict__.pop("stages"))
+    said = flags.__dict__.pop("stages") or os.environ.get("FICOCO_STAGES")
+    stages = _layers(parser, said)
     for name, value in vars(flags).items():
         if value is not None:
             os.environ[f"FICOCO_{name.upper()}"] = value
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _layers(parser: argparse.ArgumentParser, said: str | None) -> list[int]:
     """The layers named with --reduction-stages."""
-    if said is None:
+    if not said:
         return []
     try:
         return [int(layer) for layer in said.split(",")]

@@ -446,6 +446,21 @@ def test_all_installed_plugins_stay_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli._plugins(None) == ["vllm_ficoco", "general", "stats", "ficoco_server"]
 
 
+def test_stages_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr(cli, "prepare", lambda *_: None)
+    monkeypatch.setattr(cli, "serve", lambda _, stages: served.append(stages))
+    cli.main(["serve", "tiny-llava"])
+    cli.main(["serve", "tiny-llava", "--reduction-stages", "2,4"])
+    monkeypatch.setenv("FICOCO_STAGES", "3")
+    cli.main(["serve", "tiny-llava"])
+    monkeypatch.setenv("FICOCO_STAGES", "")
+    cli.main(["serve", "tiny-llava"])
+    assert served == [[], [2, 4], [3], []]
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "tiny-llava", "--reduction-stages", "two"])
+
+
 def test_environment_of_the_command(tmp_path: Path) -> None:
     given = tmp_path / "given"
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(given), "HF_HUB_OFFLINE": "0"}

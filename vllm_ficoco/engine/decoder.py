@@ -241,10 +241,8 @@ class StagedDecoder:
             had = slice(bisect_left(before, image.start), bisect_left(before, image.end))
             has = slice(bisect_left(after, image.start), bisect_left(after, image.end))
             keep = has.stop - has.start
-            if keep == had.stop - had.start:
-                continue
-            if not keep:
-                continue
+            if keep in (0, had.stop - had.start):
+                continue  # nothing to choose
             stream = (batch.hidden[had] + batch.residual[had])[None]
             tokens = Tokens(stream, image.places[None], stream.new_ones(1, stream.shape[1]))
             evidence = self._evidence(layer, batch, before, rows, image, had)

@@ -141,7 +141,8 @@ class Geometry(NamedTuple):
 
 def _beside(field: str, name: str) -> str:
     """The path of another part of the settings, given that of their budget."""
-    return field.removesuffix("budget") + name if field.endswith(".budget") else field
+    beside = field == "budget" or field.endswith(".budget")
+    return field.removesuffix("budget") + name if beside else field
 
 
 def geometry_of(config: Any) -> Geometry:
