@@ -9,7 +9,7 @@ Questions to generated scenes (:mod:`vllm_ficoco.tiny_llava.scenes`), drawn from
 greedy answers, exact match; existence tasks also as F1 of "yes", as POPE counts. Every answer is
 written to ``answers.jsonl`` as it comes, so a run that was stopped goes on where it was, and a run
 with other settings adds to it. From all that is there, ``results.json``, ``table.md``,
-``ablations.md``, ``decoder.md`` and plots are made.
+``ablations.md``, ``decoder.md``, ``decoder-ablations.md`` and plots are made.
 
 Needs the package's extra ``eval``.
 """
@@ -81,10 +81,11 @@ BLOCK = 32
 L_ABLATIONS: tuple[dict[str, Any], ...] = (
     {"beta": 0.0},  # without local redundancy
     {"beta": 1.0},  # without task redundancy
-    {"coefficient": 2.0},  # with the penalty for neighbours
+    {"penalty": 2.0},  # with the penalty for neighbours
     {"gamma": 1.0},  # without indirect correlation
     {"gamma": 0.0},  # without direct correlation
     {"receivers": 0},
+    {"beta": 0.0, "receivers": 0},
     {"receivers": 1},
     {"receivers": 2},
     {"weighted": False, "epsilon": 0.95},
@@ -163,6 +164,11 @@ def decoder_settings() -> list[Setting]:
         *(at(name, *tokens) for name in by_steps for tokens in BY_STEPS),
         *(Setting(name, budget) for name in both for budget in (48, 32, 16)),
         *(at("ficoco-l", *[n] * 3, **options) for options in L_ABLATIONS for n in (80, 48)),
+        *(
+            at("ficoco-l", *BY_STEPS[0], **options)
+            for options in L_ABLATIONS
+            if {*options} <= {"beta", "receivers"} and {*options.values()} == {0}
+        ),
     ]
 
 
@@ -410,11 +416,12 @@ def table(results: dict[str, dict[str, Any]], settings: Sequence[Setting]) -> st
     full = next((r["average"] for name, r in results.items() if name.startswith("none@")), None)
     tasks = list(results[rows[0].name]["tasks"])
     options = any(s.options for s in rows)
+    flops = any(results[s.name]["flops_ratio"] is not None for s in rows)
     heads = [
         "method",
         *(["options"] if options else []),
         "visual tokens of KV",
-        "prefill FLOPs",
+        *(["prefill FLOPs"] if flops else []),
         *tasks,
         "existence F1",
         "average (95 %)",
@@ -429,7 +436,7 @@ def table(results: dict[str, dict[str, Any]], settings: Sequence[Setting]) -> st
             setting.method,
             *([f"`{json.dumps(setting.options)}`" if setting.options else ""] if options else []),
             ", ".join(map(str, result["visual_tokens_kept"])),
-            "" if result["flops_ratio"] is None else f"{result['flops_ratio']:.2f}",
+            *([_ratio(result["flops_ratio"])] if flops else []),
             *(f"{100 * result['tasks'].get(task, 0):.1f}" for task in tasks),
             f"{100 * sum(f1) / len(f1):.1f}" if f1 else "",
             f"{100 * result['average']:.1f} ({low:.1f} to {high:.1f})",
@@ -437,6 +444,10 @@ def table(results: dict[str, dict[str, Any]], settings: Sequence[Setting]) -> st
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def plot(
@@ -456,6 +467,7 @@ def plot(
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
+    axes.set_prop_cycle(color=(*pyplot.get_cmap("tab20").colors[::2], "black", "teal", "gold"))
     unit = kv_bytes / 2**20 if kv_bytes else 1
     for method in dict.fromkeys(s.method for s in settings):
         rows = sorted(
@@ -579,6 +591,11 @@ def main() -> None:
                     engine.ask(questions[start : start + 128], setting, done)
             else:
                 asyncio.run(ask_server(url, args.model, questions, setting, args.concurrency, done))
+    # An earlier run may have asked more; all rows of a table are of the same questions.
+    answers = {
+        name: {i: answer for i, answer in given.items() if i < len(asked)}
+        for name, given in answers.items()
+    }
     results = summarise(answers, asked)
     found = [Setting.of(name) for name in answers]
     order = ["none", *METHODS]
@@ -587,18 +604,26 @@ def main() -> None:
     inside = [s for s in found if s.method != "none" and METHODS[s.method].decoder]
     plain = [s for s in found if not s.options and s not in inside]
     parts = [s for s in found if s.method == "ficoco-v" and s.budget in thirds]
-    whole = [s for s in plain if s.method == "none"]
-    wrong = [
-        (s.name, held[s.name]) for s in found if s not in inside and held[s.name] != [s.budget]
-    ]
+    before = [s for s in found if s not in inside]  # the others hold whole blocks
+    wrong = [(s.name, held[s.name]) for s in before if held[s.name] != [s.budget]]
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
-    for name, rows in (("table", plain), ("ablations", parts), ("decoder", whole + inside)):
-        (args.out / f"{name}.md").write_text(table(results, rows))
+    whole = [s for s in plain if s.method == "none"]
+    l_parts = [s for s in inside if s.method == "ficoco-l"]
+    tables = {
+        "table": plain,
+        "ablations": parts,
+        "decoder": whole + [s for s in inside if not s.variant],
+        "decoder-ablations": l_parts,
+    }
+    for name, rows in tables.items():
+        if rows:
+            (args.out / f"{name}.md").write_text(table(results, rows))
     plot(results, plain, 0, args.out / "accuracy-by-tokens.png")
     plot(results, plain, args.kv_bytes, args.out / "accuracy-by-kv.png")
     if inside:
         best = [s for s in plain if s.method in ("none", "ficoco-v", "ficoco-k")]
-        rows = best + [s for s in inside if not s.variant]
+        at_once = [s for s in inside if len({*s.options.get("tokens", ())}) < 2]
+        rows = best + [s for s in at_once if not s.variant]
         plot(results, rows, args.kv_bytes, args.out / "decoder-by-kv.png")
     print(table(results, settings))
     if args.record is not None:

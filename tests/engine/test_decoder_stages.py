@@ -77,7 +77,7 @@ def asks_of_every_kind() -> list[Ask]:
         Ask([3, 4], [wish("vitcop", 130, 60, 20), wish("vitcop", 100, 70, 0)]),
         Ask([7], [wish("ficoco-l", 80, 40, 20, text="is looked at")]),
         Ask([7], [wish("ficoco-l", 80, 40, 20, causal=True)]),
-        Ask([7], [wish("ficoco-l", 80, 40, 20, coefficient=2.0, beta=0.3, gamma=0.9)]),
+        Ask([7], [wish("ficoco-l", 80, 40, 20, penalty=2.0, beta=0.3, gamma=0.9)]),
         Ask([7], [wish("ficoco-l", 80, 40, 20, attention="probabilities", causal=True)]),
         Ask([8], [{"method": "fastv", "budget": 100}]),
         Ask([8], [{"method": "k-norm", "budget": 60}], question="what word is printed ?"),

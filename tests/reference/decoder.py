@@ -110,7 +110,7 @@ def ficoco_l(
     normalise: bool = True,
     beta: float = 0.6,
     gamma: float = 0.6,
-    coefficient: float = 1.0,
+    penalty: float = 1.0,
     side: int = 12,
 ) -> Chosen:
     image, words = look.image, look.text
@@ -131,7 +131,7 @@ def ficoco_l(
     if normalise:
         local, task = local / local.norm(), task / task.norm()
     redundant = (beta * local - (1 - beta) * task).tolist()
-    redundant = torch.tensor(penalised(redundant, look.places, (side, side), 2, coefficient))
+    redundant = torch.tensor(penalised(redundant, look.places, (side, side), 2, penalty))
     leaves = best(range(len(image)), redundant, len(image) - keep)
     stays = [i for i in range(len(image)) if i not in leaves]
     total = look.hidden[[image[j] for j in stays]].clone()

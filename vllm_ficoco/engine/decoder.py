@@ -8,7 +8,7 @@ in a stage follows from the rows that the attention metadata leave of it
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -230,16 +230,16 @@ class StagedDecoder:
             Hidden states, residual and positions of the rows that run on.
         """
         device, layer = batch.hidden.device, self.stages[number].layers[0]
-        before = range(len(batch.hidden)) if batch.rows is None else batch.rows.tolist()
-        after = rows.index.tolist()
+        before = torch.arange(len(batch.hidden)) if batch.rows is None else batch.rows
         # Where each row that runs on is among those that came; of an image, where its tokens are.
-        source = [bisect_left(before, row) for row in after] if batch.rows is not None else after
-        source = torch.tensor(source)
+        source = torch.searchsorted(before, rows.index)
+        edges = torch.tensor([(i.start, i.end) for i in images], dtype=torch.long).view(-1, 2)
+        had_by_image = torch.searchsorted(before, edges).tolist()
+        has_by_image = torch.searchsorted(rows.index, edges).tolist()
         merged: list[tuple[slice, Tensor]] = []
         picked: list[tuple[slice, Tensor]] = []
-        for image in images:
-            had = slice(bisect_left(before, image.start), bisect_left(before, image.end))
-            has = slice(bisect_left(after, image.start), bisect_left(after, image.end))
+        for image, came, run_on in zip(images, had_by_image, has_by_image, strict=True):
+            had, has = slice(*came), slice(*run_on)
             keep = has.stop - has.start
             if keep in (0, had.stop - had.start):
                 continue  # nothing to choose
@@ -265,7 +265,7 @@ class StagedDecoder:
         self,
         layer: nn.Module,
         batch: Batch,
-        before: Sequence[int],
+        before: Tensor,
         rows: Rows,
         image: Image,
         had: slice,
@@ -273,15 +273,12 @@ class StagedDecoder:
         attention = layer.self_attn
         request_end = rows.requests[bisect_right(rows.requests, image.start)]
         assert self.visual is not None
-        text = [
-            at
-            for at in range(had.stop, bisect_left(before, request_end))
-            if not self.visual[before[at]]
-        ]
-        if not text:
-            text = [had.stop - 1]  # nothing is asked behind the image: its last token speaks
-
-        speaks = torch.tensor(text).to(batch.hidden.device, non_blocking=True)
+        behind = before[had.stop :]
+        behind = behind[: int(torch.searchsorted(behind, request_end))]
+        text = (~self.visual[behind]).nonzero()[:, 0] + had.stop
+        if not len(text):
+            text = torch.tensor([had.stop - 1])  # nothing is asked: the image's last token speaks
+        speaks = text.to(batch.hidden.device, non_blocking=True)
 
         def look(index: Any) -> tuple[Tensor, Tensor, Tensor]:
             """Queries, keys and values of rows: (1, heads, rows, d) each."""

@@ -47,8 +47,8 @@ class FiCoCoLOptions(DecoderOptions):
     """Weight of the local term, eq. 14."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.6
     """Weight of the direct correlation, eq. 15."""
-    coefficient: Annotated[float, Field(ge=1)] = 1.0
-    """Of FiCoCo-V's local penalty, which the paper's table 4 finds to do harm here: off."""
+    penalty: Annotated[float, Field(ge=1)] = 1.0
+    """Coefficient of FiCoCo-V's local penalty, which does harm here (the paper's table 4): off."""
     window: Annotated[int, Field(ge=1, le=64)] = 2
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.998
     receivers: Annotated[int, Field(ge=0, le=4096)] | None = None
@@ -71,7 +71,7 @@ def filter(
         local, task = (torch.nn.functional.normalize(x, dim=-1) for x in (local, task))
     score = options.beta * local - (1 - options.beta) * task
     score = ficoco_v.local_penalty(
-        score, tokens.position, evidence.grid, options.window, options.coefficient
+        score, tokens.position, evidence.grid, options.window, options.penalty
     )
     return highest(score, leave)
 
