@@ -309,7 +309,7 @@ def random_ask(lot: random.Random) -> Ask:
         else:
             settings.append(None)
     words = " ".join(lot.choices(("red", "star", "is", "there", "what", "?"), k=lot.randint(1, 60)))
-    length = lot.randint(1, 24)
+    length = lot.randint(1, 12)
     return Ask([lot.randrange(4) for _ in settings], settings, words, {"max_tokens": length})
 
 
