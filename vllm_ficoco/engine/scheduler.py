@@ -48,6 +48,18 @@ class _Planning:
             raise ValueError(f"KV cache groups by stage: {dict(made)}, but {due} were due")
         self.plans: dict[str, Plan] = {}
 
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, but a worker gets all images of a new request.
+
+        vLLM 0.32 leaves out those that a prefix hit covers (``strip_covered_mm_data``). If such a
+        request is preempted and its prefix evicted, Model Runner V1 has nothing to encode again,
+        and the engine dies with "Encoder cache miss". The soak test runs into it.
+        """
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        for new in output.scheduled_new_reqs:
+            new.mm_features = self.requests[new.req_id].mm_features  # type: ignore[attr-defined]
+        return output
+
     def add_request(self, request: Request) -> None:
         plan = self._plan(request)
         if plan is not None:
