@@ -70,13 +70,11 @@ STAGES = (1, 2, 4)
 """First layers of the decoder stages that ``--decoder`` needs: three, for SparseVLM and
 PyramidDrop. The shipped model has 6 layers."""
 
-AT_ONCE = (112, 80, 48)
-BY_STEPS = ((112, 80, 48), (80, 48, 48))
-"""Tokens from the first stage on, and at each stage. 144 less 1, 2 and 3 KV blocks of 32, so that
-all methods hold as much as each other."""
-
-BLOCK = 32
-"""Tokens of a KV block on CPUs."""
+AT_ONCE = {32: (112, 80, 48), 16: (32, 16)}
+BY_STEPS = {32: ((112, 80, 48), (80, 48, 48)), 16: ((48, 32, 16),)}
+"""Tokens from the first stage on, and at each stage, by the size of a KV block: 144 less whole
+blocks, so that all methods hold as much as each other. (48, 32, 16) is a third of 144 on average.
+With one layer that holds all and 16 in the other five it is 37, which is as low as it gets."""
 
 L_ABLATIONS: tuple[dict[str, Any], ...] = (
     {"beta": 0.0},  # without local redundancy
@@ -147,8 +145,13 @@ class Answer(NamedTuple):
     flops_ratio: float | None = None
 
 
-def decoder_settings() -> list[Setting]:
-    """Methods inside the decoder, at equal KV cache: one place, three, and the tower as well."""
+def decoder_settings(block: int) -> list[Setting]:
+    """Methods inside the decoder, at equal KV cache: one place, three, and the tower as well.
+
+    Args:
+        block: tokens of a KV block, 32 or 16. All ablations are made with 32 alone.
+    """
+    at_once, by_steps = AT_ONCE[block], BY_STEPS[block]
 
     def at(method: str, *tokens: int, **options: Any) -> Setting:
         return Setting(method, 0, {"tokens": list(tokens), **options})
@@ -156,19 +159,17 @@ def decoder_settings() -> list[Setting]:
     inside = [n for n, m in METHODS.items() if m.decoder and m.place == "nowhere"]
     both = [n for n, m in METHODS.items() if m.decoder and m.place != "nowhere"]
     one_place = [n for n in inside if n in ("fastv", "dart")]
-    at_once = [n for n in inside if n not in (*one_place, "sparsevlm", "pyramiddrop")]
-    by_steps = [n for n in inside if n not in one_place]
+    any_place = [n for n in inside if n not in (*one_place, "sparsevlm", "pyramiddrop")]
+    many_places = [n for n in inside if n not in one_place]
+    no_local = [o for o in L_ABLATIONS if {*o} <= {"beta", "receivers"} and {*o.values()} == {0}]
+    l_ablations = L_ABLATIONS if block == 32 else no_local
     return [
-        *(at(name, tokens) for name in one_place for tokens in AT_ONCE),
-        *(at(name, tokens, tokens, tokens) for name in at_once for tokens in AT_ONCE),
-        *(at(name, *tokens) for name in by_steps for tokens in BY_STEPS),
+        *(at(name, tokens) for name in one_place for tokens in at_once),
+        *(at(name, tokens, tokens, tokens) for name in any_place for tokens in at_once),
+        *(at(name, *tokens) for name in many_places for tokens in by_steps),
         *(Setting(name, budget) for name in both for budget in (48, 32, 16)),
-        *(at("ficoco-l", *[n] * 3, **options) for options in L_ABLATIONS for n in (80, 48)),
-        *(
-            at("ficoco-l", *BY_STEPS[0], **options)
-            for options in L_ABLATIONS
-            if {*options} <= {"beta", "receivers"} and {*options.values()} == {0}
-        ),
+        *(at("ficoco-l", *[n] * 3, **options) for options in l_ablations for n in at_once[-2:]),
+        *(at("ficoco-l", *by_steps[0], **options) for options in no_local),
     ]
 
 
@@ -284,14 +285,16 @@ class Engine:
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
+        self.block: int = llm.llm_engine.vllm_config.cache_config.block_size
 
     @classmethod
-    def start(cls, model: str, starts: Sequence[int] = ()) -> Engine:
+    def start(cls, model: str, starts: Sequence[int] = (), block: int = 32) -> Engine:
         """With a new engine, in float32, which CPUs are quickest at.
 
         Args:
             model: its name.
             starts: first layers of the decoder's stages.
+            block: tokens of a KV block, where there are stages.
         """
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -302,7 +305,13 @@ class Engine:
         staged: dict[str, Any] = {}
         if starts:
             overrides = {STAGES_KEY: list(starts)}
-            staged = {"scheduler_cls": SCHEDULER, "hf_overrides": overrides, "block_size": BLOCK}
+            staged = {"scheduler_cls": SCHEDULER, "hf_overrides": overrides, "block_size": block}
+            if block % 32:
+                # GPUs' blocks of 16: vLLM's CPU kernels compute them rightly, as tests show
+                # (test_stage_variants.py), but vLLM does not offer them.
+                from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+                CPUAttentionBackend.get_supported_kernel_block_sizes = lambda *_: [block]
         llm = LLM(
             model=str(CHECKPOINT) if model == "tiny-llava" else model,
             max_model_len=512,
@@ -343,7 +352,7 @@ class Engine:
         if reduction is None or reduction.spec.decoder is None:
             return entered
         run = Run(start, start + entered)
-        held = [held_of(run, n, BLOCK, len(prompt)) for n in geometry.held(reduction)[1:]]
+        held = [held_of(run, n, self.block, len(prompt)) for n in geometry.held(reduction)[1:]]
         return math.ceil(average_over_layers([entered, *held], geometry.spans))
 
 
@@ -534,6 +543,9 @@ def main() -> None:
     parser.add_argument("--options", help="JSON; for every method named with --methods")
     parser.add_argument("--ablations", action="store_true", help="FiCoCo-V taken apart, too")
     parser.add_argument("--decoder", action="store_true", help="methods in the decoder instead")
+    parser.add_argument(
+        "--block-size", type=int, default=32, choices=AT_ONCE, help="with --decoder"
+    )
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("reports/accuracy"))
@@ -550,8 +562,9 @@ def main() -> None:
     if args.ablations:
         settings += [Setting("ficoco-v", b, o) for o in ABLATIONS for b in thirds]
     if args.decoder:
-        settings = [settings[0], *decoder_settings()]
+        settings = [settings[0], *decoder_settings(args.block_size)]
         args.serve_args += f" --reduction-stages {','.join(map(str, STAGES))}"
+        args.serve_args += f" --block-size {args.block_size}"
     for setting in settings:
         Reduction.parse(setting.reduction)
     asked = held_out(args.questions)
@@ -564,7 +577,7 @@ def main() -> None:
     ]
     total = sum(len(questions) for _, questions in missing)
     engine = (
-        Engine.start(args.in_process, STAGES if args.decoder else ())
+        Engine.start(args.in_process, STAGES if args.decoder else (), args.block_size)
         if args.in_process and total
         else None
     )

@@ -135,11 +135,14 @@ def test_the_ablations_are_options_that_there_are(accuracy: ModuleType) -> None:
         Reduction.parse(accuracy.Setting("ficoco-v", 16, options).reduction)
 
 
-def test_methods_inside_the_decoder_are_compared_at_equal_kv_cache(accuracy: ModuleType) -> None:
+@pytest.mark.parametrize("block", [32, 16])
+def test_methods_inside_the_decoder_are_compared_at_equal_kv_cache(
+    accuracy: ModuleType, block: int
+) -> None:
     """All of them, on the shipped model's stages; those at one place and at all alike."""
     config = LlavaConfig.from_pretrained(CHECKPOINT)
     config.reduction_stages = list(accuracy.STAGES)
-    geometry, settings = geometry_of(config), accuracy.decoder_settings()
+    geometry, settings = geometry_of(config), accuracy.decoder_settings(block)
     inside = {name for name, method in METHODS.items() if method.decoder}
     assert {setting.method for setting in settings} == inside
     held: dict[str, set[tuple[int, ...]]] = {}

@@ -79,6 +79,11 @@ class Engine:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
     @property
+    def block(self) -> int:
+        """Tokens of a KV block."""
+        return self.llm.llm_engine.vllm_config.cache_config.block_size
+
+    @property
     def asynchronous(self) -> bool:
         """Whether vLLM's scheduler is the asynchronous one, on Model Runner V2."""
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler

@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.engine.conftest import BLOCK, NEW_TOKENS, Ask, Engine, make_engine, p
 from tests.reference.decoder import CHOOSE, Answer, Choose, answer
 from tests.reference.llava import ReferenceLlava
 from vllm_ficoco.engine.checks import SCHEDULER
+from vllm_ficoco.engine.decoder import StagedDecoder
 from vllm_ficoco.engine.gaps import Run, held_of
 
 pytestmark = pytest.mark.engine
@@ -89,8 +91,8 @@ VISION = {"ficoco-vl": "ficoco-v", "vitcop": "topk"}
 """What methods in both places do in the tower."""
 
 
-def expected(reference: ReferenceLlava, ask: Ask, new_tokens: int = NEW_TOKENS) -> Answer:
-    """What the reference says to a request."""
+def expected(reference: ReferenceLlava, ask: Ask, block: int = BLOCK) -> Answer:
+    """What the reference says to a request, with so many tokens to a KV block."""
     visual, choose, kept, grid = [], [], [], []
     for seed, settings in zip(ask.images, ask.settings, strict=True):
         settings = settings or {"method": "none"}
@@ -113,12 +115,13 @@ def expected(reference: ReferenceLlava, ask: Ask, new_tokens: int = NEW_TOKENS) 
     embeds, places = reference.embed(ask.prompt, visual)
     keep = {
         layer: [
-            held_of(Run(*place), tokens[stage], BLOCK, len(embeds)) if method else place[1]
+            held_of(Run(*place), tokens[stage], block, len(embeds)) if method else place[1]
             for place, tokens, method in zip(places, kept, choose, strict=True)
         ]
         for stage, layer in enumerate(STAGES)
     }
-    return answer(reference.model, embeds, places, keep, choose, grid, new_tokens)
+    length = ask.sampling.get("max_tokens", NEW_TOKENS)
+    return answer(reference.model, embeds, places, keep, choose, grid, length)
 
 
 def chosen_at(method: str, options: dict[str, object], layer: int) -> Choose:
@@ -136,24 +139,45 @@ BUDGETS = {
 }
 
 
+Kept = list[tuple[int, list[int]]]
+"""Each choice of a method: the layer, and the places of what it kept."""
+
+
 def test_a_mixed_batch_says_what_the_reference_does(
-    staged: Engine, reference: ReferenceLlava
+    staged: Engine, reference: ReferenceLlava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"  # see test_stage_variants.py
     assert staged.asynchronous == v2
-    check(staged, reference, asks_of_every_kind())
+    kept: Kept = []
+    original = StagedDecoder._reduce
+
+    def watched(self: StagedDecoder, number: int, *args: Any) -> Any:
+        images = args[-1]
+        before = [image.places for image in images]
+        result = original(self, number, *args)
+        for image, had in zip(images, before, strict=True):
+            if image.places is not had:
+                kept.append((STAGES[number - 1], image.places.tolist()))
+        return result
+
+    monkeypatch.setattr(StagedDecoder, "_reduce", watched)
+    due = check(staged, reference, asks_of_every_kind())
+    assert sorted(kept) == sorted(due) and len(due) > 60
 
 
-def check(engine: Engine, reference: ReferenceLlava, asks: Sequence[Ask]) -> None:
-    """All in one batch: tokens, first logits, and every block back."""
+def check(engine: Engine, reference: ReferenceLlava, asks: Sequence[Ask]) -> Kept:
+    """All in one batch: tokens, first logits, and every block back; what the reference kept."""
     free = engine.free_blocks
+    kept: Kept = []
     for ask, output in zip(asks, engine.generate(asks), strict=True):
-        truth = expected(reference, ask)
+        truth = expected(reference, ask, engine.block)
+        kept += [(layer, places) for (layer, _), places in truth.kept.items()]
         assert list(output.outputs[0].token_ids) == truth.tokens, ask
         given = output.outputs[0].logprobs[0]
         logits = torch.tensor([given[word].logprob for word in range(VOCABULARY)])
         torch.testing.assert_close(logits, truth.first_logits, atol=1e-3, rtol=1e-3)
     assert engine.free_blocks == free
+    return kept
 
 
 # --- The KV cache -------------------------------------------------------------------------------

@@ -55,6 +55,29 @@ def some_asks() -> list[Ask]:
     return [Ask(a.images, a.settings, a.question, FIRST_LOGITS) for a in asks]
 
 
+def test_blocks_of_16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPUs have them. vLLM's CPU kernels can do that, though vLLM does not say so."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    monkeypatch.setattr(CPUAttentionBackend, "get_supported_kernel_block_sizes", lambda *_: [16])
+    checkpoint = random_llava(tmp_path / "model", decoder_layers=6)
+    with contextmanager(make_engine)(checkpoint, **{**STAGED, "block_size": 16}) as engine:
+        check(engine, ReferenceLlava(str(checkpoint)), asks_of_every_kind())
+
+
+def test_triton_attention(tmp_path: Path) -> None:
+    """vLLM's attention kernels for GPUs, through Triton's interpreter."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.engine.triton_on_cpu", str(tmp_path / "model")],
+        env=os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+
+
 def test_the_other_model_runner_with_asynchronous_scheduling() -> None:
     """vLLM's Model Runner V2 runs Triton kernels, here through Triton's interpreter."""
     tests = "mixed_batch or blocks_held or equal_requests_alone"

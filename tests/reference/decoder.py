@@ -222,7 +222,7 @@ class Answer(NamedTuple):
     held: list[int]
     """Tokens in every layer's KV list."""
     kept: dict[tuple[int, int], list[int]]
-    """Positions of the tokens that are left, by layer and image."""
+    """Places on the grid of the tokens that a method has left, by layer and image."""
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -285,8 +285,9 @@ def answer(
                     elif count:
                         here = [places[i][position[r] - start] for r in rows]
                         look = Look(*seen, x, rows, text or rows[-1:], here)
-                        chosen |= method(number)(look, count)
-                    kept[number, i] = sorted(position[r] for r in rows if r in chosen)
+                        left = method(number)(look, count)
+                        kept[number, i] = [places[i][position[r] - start] for r in sorted(left)]
+                        chosen |= left
                 rest = {
                     r: x[r]
                     for r, p in enumerate(position)

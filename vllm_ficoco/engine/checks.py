@@ -14,9 +14,10 @@ SCHEDULER = "vllm_ficoco.engine.scheduler.make_scheduler"
 DECODERS = ("llama", "mistral", "qwen2")
 """``model_type`` of the text models whose layers :mod:`vllm_ficoco.engine.decoder` knows."""
 
-BACKENDS = ("CPU_ATTN",)
-"""Attention backends that the tests run on. Another one must go by the block table and by the
-lengths on the device: on the host there are only upper bounds (FlashInfer takes them as exact)."""
+BACKENDS = ("CPU_ATTN", "TRITON_ATTN")
+"""Attention backends that the tests run on, the second one through Triton's interpreter.
+Another one must go by the block table and by the lengths on the device: on the host there are only
+upper bounds (FlashInfer takes them as exact)."""
 
 
 class StagesError(ValueError):
