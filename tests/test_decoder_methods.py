@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.decoder import CHOOSE, Look
+from tests.waiting import NoWaiting
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.methods.decoding import DecoderEvidence
 from vllm_ficoco.methods.k_norm import K_NORM
@@ -116,6 +117,32 @@ def test_low_precision_stays_what_it_is(name: str) -> None:
     tokens = reduced(seen, name, {}, 9, slice(None))
     assert tokens.hidden.dtype == torch.bfloat16 and tokens.hidden.isfinite().all()
     assert (tokens.position.diff() > 0).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_host_does_not_wait(case: str) -> None:
+    name, options = CASES[case]
+    seen = Seen(2, 30, 4)
+    reduced(seen, name, options, 9, slice(None))  # windows of a grid are made once
+    with NoWaiting():
+        reduced(seen, name, options, 9, slice(None))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", DECODER)
+def test_gpu_agrees_and_never_waits(name: str) -> None:
+    seen, there = Seen(2, 30, 4), Seen(2, 30, 4)
+    for field in ("hidden", "query", "key", "value", "place", "pixels"):
+        setattr(there, field, getattr(there, field).cuda())
+    reduced(there, name, {}, 9, slice(None))  # CUDA's libraries start up with synchronisations
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = reduced(there, name, {}, 9, slice(None))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    truth = reduced(seen, name, {}, 9, slice(None))
+    assert got.position.tolist() == truth.position.tolist()
+    torch.testing.assert_close(got.hidden.cpu(), truth.hidden, atol=1e-3, rtol=1e-3)
 
 
 def test_heads_of_several_ranks_count_as_one_models() -> None:

@@ -112,7 +112,7 @@ def _roles(
     count = min(keep, math.ceil(keep * options.centres))
     cluster = clusters(tokens, evidence, count, options)
     rank = _ranks(evidence.key_norms, cluster)
-    size = torch.nn.functional.one_hot(cluster, count).sum(1).gather(1, cluster)
+    size = (cluster[:, None] == cluster[..., None]).sum(-1)
     quota = size * (keep - count) // n  # eq. 5; less than the cluster's size
     # What the rounding leaves over: one token of each cluster more, the shortest keys first.
     last = rank == size - 1
