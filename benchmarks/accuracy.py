@@ -74,7 +74,7 @@ AT_ONCE = {32: (112, 80, 48), 16: (32, 16)}
 BY_STEPS = {32: ((112, 80, 48), (80, 48, 48)), 16: ((48, 32, 16),)}
 """Tokens from the first stage on, and at each stage, by the size of a KV block: 144 less whole
 blocks, so that all methods hold as much as each other. (48, 32, 16) is a third of 144 on average.
-With one layer that holds all and 16 in the other five it is 37, which is as low as it gets."""
+With one layer that holds all and 16 in the other five it is 38, which is as low as it gets."""
 
 L_ABLATIONS: tuple[dict[str, Any], ...] = (
     {"beta": 0.0},  # without local redundancy

@@ -79,24 +79,23 @@ def without_gaps(
         return new, None
     start = common.query_start_loc.long()
     count = start[1:] - start[:-1]
-    request = torch.arange(requests, device=ids.device).repeat_interleave(count)
-    position = (
-        torch.arange(len(request), device=ids.device) + (length - count - start[:-1])[request]
-    )
-    left = ~gap[request, position // block_size]
+    start_on_host = common.query_start_loc_cpu.long()
+    rows = int(start_on_host[-1])
+    request = torch.arange(requests, device=ids.device).repeat_interleave(count, output_size=rows)
+    position = torch.arange(rows, device=ids.device) + (length - count - start[:-1])[request]
+    left = ~gap[request, position // block_size].cpu()  # the host waits, here alone
     index = left.nonzero()[:, 0]
-    if len(index) == len(left):
+    if len(index) == rows:
         return new, None
-    per_request = torch.zeros_like(count).index_add_(0, request, left.long())
-    new.query_start_loc = torch.nn.functional.pad(per_request.cumsum(0), (1, 0)).to(
-        common.query_start_loc.dtype
-    )
-    new.query_start_loc_cpu = new.query_start_loc.cpu()
+    left_before = torch.nn.functional.pad(left.cumsum(0), (1, 0))
+    new.query_start_loc_cpu = left_before[start_on_host].to(common.query_start_loc_cpu.dtype)
+    new.query_start_loc = new.query_start_loc_cpu.to(ids.device, non_blocking=True)
     new.num_actual_tokens = len(index)
     new.max_query_len = int(new.query_start_loc_cpu.diff().max())
-    new.slot_mapping = common.slot_mapping[index]
-    new.positions = None if common.positions is None else common.positions[index]
-    return new, Rows(index.cpu(), new.slot_mapping, common.query_start_loc_cpu.tolist())
+    row = index.to(ids.device, non_blocking=True)
+    new.slot_mapping = common.slot_mapping[row]
+    new.positions = None if common.positions is None else common.positions[row]
+    return new, Rows(index, new.slot_mapping, start_on_host.tolist())
 
 
 @functools.cache
