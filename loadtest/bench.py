@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sends requests with the load generator that comes with vLLM, ``vllm bench serve``.
+
+The only file here that knows vLLM. It calls the function behind that command, not the command,
+because each request has its own settings, and because the command takes longer to start than many
+a run takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from vllm.benchmarks.datasets import SampleRequest
+from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
+from vllm.benchmarks.serve import TaskType, benchmark
+
+from loadtest.traffic import Setting, messages
+
+__all__ = ["Load", "RequestFuncOutput", "send"]
+
+
+class Load(NamedTuple):
+    """How requests are sent."""
+
+    concurrency: int
+    rate: float
+    """Requests per second; infinite for one after another at each of the places."""
+    burstiness: float
+    """1 for a Poisson process, less for bursts."""
+    output_tokens: int
+    """Of every answer; the end-of-text token is ignored."""
+    side: int
+    """Pixels of an image."""
+    objectives: dict[str, float]
+    """Milliseconds of ttft, tpot, e2el within which a request counts for the goodput."""
+
+
+async def send(
+    url: str, model: str, settings: Sequence[Setting], load: Load, seed: Sequence[int]
+) -> dict[str, Any]:
+    """One request for every setting.
+
+    Args:
+        url: of the server, without /v1.
+        model: its name there.
+        settings: of the requests.
+        load: how to send them.
+        seed: of the images, which are all different.
+
+    Returns:
+        vLLM's result: lists of ``ttfts``, ``itls``, ``latencies``, ``output_lens``, ``errors`` by
+        request, and ``completed``, ``failed``, ``duration``, ``request_throughput``, ...
+    """
+    requests = [
+        SampleRequest(
+            prompt="",
+            prompt_len=0,
+            expected_output_len=load.output_tokens,
+            request_id=f"load-{'-'.join(map(str, seed))}-{number}",
+            chat_messages=messages(setting, load.side, [*seed, number]),
+            request_overrides=setting.body,
+        )
+        for number, setting in enumerate(settings)
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a report; ours has all runs
+        return await benchmark(
+            task_type=TaskType.GENERATION,
+            endpoint_type="openai-chat",
+            api_url=f"{url}/v1/chat/completions",
+            base_url=url,
+            model_id=model,
+            model_name=model,
+            tokenizer=None,  # the server says how many tokens it made
+            input_requests=requests,
+            logprobs=None,
+            request_rate=load.rate,
+            burstiness=load.burstiness,
+            disable_tqdm=True,
+            num_warmups=0,
+            profile=False,
+            selected_percentile_metrics=[],
+            selected_percentiles=[],
+            ignore_eos=True,
+            goodput_config_dict=load.objectives,
+            max_concurrency=load.concurrency,
+            lora_modules=None,
+            extra_headers=None,
+            extra_body={"temperature": 0},
+            ready_check_timeout_sec=0,
+        )

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The load test against a real server: what it measures, what it does not believe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.__main__ import main
+from loadtest.traffic import Mix, Setting, image
+from loadtest.watch import NotKept, check
+from tests.server.conftest import API_KEY, TOKENS, Server, eventually, value
+
+MIX = "text=1,none=1,ficoco-v@48=2"
+SMALL = ["--concurrency=4", "--requests=8", "--repeat=1", "--output-tokens=4", "--image-size=168"]
+
+
+def load(server: Server, out: Path, *more: str) -> list[dict[str, Any]]:
+    """Runs the command; its lines."""
+    main([f"--base-url={server.url}/v1", f"--out={out}", *SMALL, *more])
+    return [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
+
+
+@pytest.mark.server
+def test_a_sweep_measures_every_setting_and_goes_on(server: Server, tmp_path: Path) -> None:
+    more = [
+        "--methods=ficoco-v,tome",
+        "--budgets=144,48",
+        f"--mix={MIX}",
+        "--goodput",
+        "ttft:60000",
+    ]
+    lines = load(server, tmp_path, *more)
+    settings = ["none", "ficoco-v@48", "tome@48", str(Mix.parse(MIX))]
+    assert [(x["concurrency"], x["setting"]) for x in lines] == [
+        (n, s) for n in (1, 4) for s in settings
+    ]
+    for line in lines:
+        assert line["requests"] == 8 and line["requests_per_s"] > 0
+        assert line["goodput_per_s"] == pytest.approx(line["requests_per_s"], rel=1e-3)
+        assert 0 < line["p50_ttft_ms"] <= line["p99_ttft_ms"] <= line["p99_e2el_ms"]
+        kept = line["watch"]["visual_tokens_kept"]
+        for method, share in kept.items():
+            assert share == pytest.approx(1 if method == "none" else 48 / TOKENS)
+        assert line["conditions"]["visual_tokens"] == TOKENS
+    assert lines[0]["watch"]["most_running"] <= 1 < lines[-1]["requests"]
+    report = (tmp_path / "report.md").read_text()
+    assert all(f"| {setting} |" in report for setting in settings)
+    for picture in ("throughput", "ttft", "tpot", "kv", "goodput"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 1000
+    # One more setting: the rest is there already.
+    assert load(server, tmp_path, *more, "--methods=ficoco-v,tome,topk")[:-2] == lines
+    with pytest.raises(SystemExit, match="other conditions"):
+        load(server, tmp_path, "--budgets=48", "--note=another machine")
+
+
+@pytest.mark.server
+def test_clients_that_leave_take_nothing_with_them(server: Server, tmp_path: Path) -> None:
+    [line] = load(server, tmp_path, "--budgets=48", "--disconnects=20")
+    assert line["watch"]["visual_tokens_kept"] == {"ficoco-v": pytest.approx(48 / TOKENS)}
+    assert eventually(lambda: value(server.metrics(), "vllm:num_requests_running") == 0)
+    assert eventually(lambda: value(server.metrics(), "vllm:kv_cache_usage_perc") == 0)
+
+
+@pytest.mark.server
+def test_what_a_server_refuses_ends_the_test(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="8 of 8 requests failed: Bad Request"):
+        load(server, tmp_path, "--budgets=1")
+    assert not (tmp_path / "runs.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kept", "wrong"),
+    [
+        ({"ficoco-v": 1.0}, "kept 144 visual tokens"),
+        ({"ficoco-v": 47 / 144}, "kept 47 visual tokens"),
+        ({}, "no visual tokens"),
+        ({"ficoco-v": 48 / 144, "tome": 0.5}, "did not ask"),
+    ],
+)
+def test_a_budget_that_was_not_kept_is_an_error(kept: dict[str, float], wrong: str) -> None:
+    mix = Mix.parse("ficoco-v@48,text")
+    check({"ficoco-v": 48 / 144}, mix, 144, 0)
+    with pytest.raises(NotKept, match=wrong):
+        check(kept, mix, 144, 0)
+
+
+def test_whole_blocks_are_allowed_for() -> None:
+    mix = Mix.parse("fastv@48")
+    check({"fastv": 60 / 144}, mix, 144, 64)
+    with pytest.raises(NotKept):
+        check({"fastv": 60 / 144}, mix, 144, 0)
+
+
+def test_traffic_is_as_asked_and_never_the_same_image() -> None:
+    mix = Mix.parse("text=1,none=1,ficoco-v@48=2")
+    for count in range(3, 50):
+        drawn = mix.draw(count, count)
+        assert len(drawn) == count
+        assert abs(drawn.count(Setting("ficoco-v", 48)) - count / 2) <= 1.5
+        assert {setting for setting, _ in mix.parts} == {*drawn}
+    assert Setting("text").body == {} and Setting("none").body == {"reduction": {"method": "none"}}
+    assert len({image(168, [1, n]) for n in range(20)}) == 20
+
+
+@pytest.mark.parametrize("wrong", ["ficoco-v", "none@48", "@48", "ficoco-v@many", "none=0"])
+def test_a_setting_that_is_none_is_refused(wrong: str) -> None:
+    with pytest.raises(ValueError):
+        Mix.parse(wrong)
