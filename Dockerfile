@@ -2,6 +2,8 @@
 #
 #   docker build -t vllm-ficoco .                    # CUDA, on vLLM's own image
 #   docker build -t vllm-ficoco:cpu --target cpu .   # CPU
+#
+# deploy/compose.yaml puts a server, Prometheus, Grafana and the load test together.
 
 FROM python:3.11-slim AS build
 WORKDIR /src
@@ -36,6 +38,17 @@ HEALTHCHECK --interval=15s --timeout=5s --start-period=180s --retries=3 \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["vllm-ficoco", "serve"]
 CMD ["tiny-llava", "--host", "0.0.0.0", "--port", "8000"]
+
+
+# The load test, which sends with vLLM's generator: docker run vllm-ficoco:loadtest --base-url ...
+FROM cpu AS loadtest
+USER 0
+RUN uv pip install --system --no-cache "matplotlib>=3.8"
+USER 1000
+COPY loadtest loadtest
+HEALTHCHECK NONE
+ENTRYPOINT ["python", "-m", "loadtest"]
+CMD ["--help"]
 
 
 # The last stage is the one that a build without --target makes.

@@ -102,7 +102,7 @@ def turn(*parts: dict[str, Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def running(command: list[str], log: Path, **environment: str) -> Iterator[Server]:
-    """A server process on a free port, stopped at the end. One at a time: two want much memory."""
+    """A server process on a free port, stopped at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -128,7 +128,7 @@ def running(command: list[str], log: Path, **environment: str) -> Iterator[Serve
         _stop(process)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """``vllm-ficoco serve tiny-llava`` with a policy."""
     log = tmp_path_factory.mktemp("server") / "log"

@@ -31,13 +31,8 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.server
 def test_a_sweep_measures_every_setting_and_goes_on(server: Server, tmp_path: Path) -> None:
-    more = [
-        "--methods=ficoco-v,tome",
-        "--budgets=144,48",
-        f"--mix={MIX}",
-        "--goodput",
-        "ttft:60000",
-    ]
+    sweep = "--concurrency=1,4 --methods=ficoco-v,tome --budgets=144,48 --goodput ttft:60000"
+    more = [f"--mix={MIX}", *sweep.split()]
     lines = load(server, tmp_path, *more)
     settings = ["none", "ficoco-v@48", "tome@48", str(Mix.parse(MIX))]
     assert [(x["concurrency"], x["setting"]) for x in lines] == [
@@ -51,7 +46,7 @@ def test_a_sweep_measures_every_setting_and_goes_on(server: Server, tmp_path: Pa
         for method, share in kept.items():
             assert share == pytest.approx(1 if method == "none" else 48 / TOKENS)
         assert line["conditions"]["visual_tokens"] == TOKENS
-    assert lines[0]["watch"]["most_running"] <= 1 < lines[-1]["requests"]
+    assert lines[0]["watch"]["most_running"] <= 1
     report = (tmp_path / "report.md").read_text()
     assert all(f"| {setting} |" in report for setting in settings)
     for picture in ("throughput", "ttft", "tpot", "kv", "goodput"):
