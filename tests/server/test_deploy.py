@@ -77,6 +77,13 @@ def test_dashboard_and_alerts_ask_for_series_that_there_are(server: Server) -> N
             assert known & {name, re.sub(r"_(bucket|sum|count)$", "", name)}, (name, query)
 
 
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool on the PATH")
+def test_alerts_fire_when_they_should_and_else_not() -> None:
+    command = ["promtool", "test", "rules", "alerts_test.yml"]
+    run = subprocess.run(command, cwd=DEPLOY / "prometheus", capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 @pytest.fixture
 def prometheus(server: Server, tmp_path: Path) -> Iterator[str]:
     """Prometheus with the configuration of deploy/, at a server of the test; its address."""
