@@ -14,12 +14,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vllm.benchmarks.datasets import SampleRequest
-from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
 from vllm.benchmarks.serve import TaskType, benchmark
 
 from loadtest.traffic import Setting, messages
-
-__all__ = ["Load", "RequestFuncOutput", "send"]
 
 
 class Load(NamedTuple):

@@ -92,12 +92,12 @@ class Mix(NamedTuple):
         return drawn
 
 
-def image(side: int, seed: Sequence[int]) -> str:
+def image(side: int, seed: int | Sequence[int]) -> str:
     """A picture of coloured squares, as a data URL; another one for every seed.
 
     Args:
         side: pixels.
-        seed: numbers.
+        seed: of the squares.
     """
     squares = np.random.default_rng(seed).integers(0, 255, (side // 14, side // 14, 3), np.uint8)
     file = io.BytesIO()

@@ -68,17 +68,16 @@ class Watch:
         self.http, self.period = http, period
         self.readings: list[Reading] = []
 
-    async def look(self) -> None:
+    async def look(self) -> Reading:
         """Read /metrics once."""
         answer = await self.http.get("/metrics")
         answer.raise_for_status()
-        self.readings.append(Reading(answer.text))
+        return Reading(answer.text)
 
     async def idle(self) -> None:
         """Wait until the server has nothing to do, so that nothing of before is counted."""
         while True:
-            await self.look()
-            busy = self.readings.pop().sums
+            busy = (await self.look()).sums
             if not busy[GAUGES["running"]] + busy[GAUGES["waiting"]]:
                 return
             await asyncio.sleep(self.period)
@@ -86,7 +85,7 @@ class Watch:
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
         """Look at the beginning, all the time, and at the end."""
-        await self.look()
+        self.readings.append(await self.look())
         task = asyncio.create_task(self._go_on())
         try:
             yield
@@ -94,13 +93,13 @@ class Watch:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, httpx.HTTPError):
                 await task
-        await self.look()
+        self.readings.append(await self.look())
 
     async def _go_on(self) -> None:
         while True:
             await asyncio.sleep(self.period)
             with contextlib.suppress(httpx.TransportError):  # a busy server may be slow to answer
-                await self.look()
+                self.readings.append(await self.look())
 
     def summary(self) -> dict[str, Any]:
         """Gauges over time, the most of each, and how far counters went."""
@@ -130,8 +129,8 @@ def check(
 ) -> None:
     """Compares what a server kept with what was asked for.
 
-    Requests that ended early may not be counted, so it is the share of tokens that must be right,
-    of every method that was asked for with one budget alone.
+    Requests that ended early may not be counted, so it is the share of tokens that must be right;
+    of a method with several budgets, it must lie between the smallest and the largest.
 
     Args:
         kept: of :meth:`Watch.kept`.

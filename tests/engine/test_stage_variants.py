@@ -65,16 +65,21 @@ def test_blocks_of_16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         check(engine, ReferenceLlava(str(checkpoint)), asks_of_every_kind())
 
 
-def test_triton_attention(tmp_path: Path) -> None:
-    """vLLM's attention kernels for GPUs, through Triton's interpreter."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.engine.triton_on_cpu", str(tmp_path / "model")],
+def interpreted(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a module on Model Runner V2, with Triton's kernels in its interpreter."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
         env=os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_triton_attention(tmp_path: Path) -> None:
+    """vLLM's attention kernels for GPUs, through Triton's interpreter."""
+    run = interpreted("tests.engine.triton_on_cpu", str(tmp_path / "model"))
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
 
@@ -82,12 +87,5 @@ def test_the_other_model_runner_with_asynchronous_scheduling() -> None:
     """vLLM's Model Runner V2 runs Triton kernels, here through Triton's interpreter."""
     tests = "mixed_batch or blocks_held or equal_requests_alone"
     file = str(Path(__file__).parent / "test_decoder_stages.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "tests.engine.triton_on_cpu", "-k", tests, file],
-        env=os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = interpreted("pytest", "-p", "tests.engine.triton_on_cpu", "-k", tests, file)
     assert run.returncode == 0 and "3 passed" in run.stdout, run.stdout[-4000:]

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import os
 import signal
 import socket
@@ -17,11 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-import numpy as np
 import openai
 import pytest
-from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+
+from loadtest.traffic import image as coloured_squares
 
 MODEL = "tiny-llava"
 TOKENS = 144
@@ -72,10 +70,7 @@ def eventually(check: Callable[[], bool], seconds: float = 20) -> bool:
 
 def picture(seed: int = 0) -> str:
     """A picture of coloured squares, as a data URL."""
-    squares = np.random.default_rng(seed).integers(0, 255, (12, 12, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(squares).resize((168, 168), Image.Resampling.NEAREST).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return coloured_squares(168, seed)
 
 
 def image(seed: int = 0, **said: Any) -> dict[str, Any]:

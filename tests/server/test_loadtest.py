@@ -59,7 +59,7 @@ def test_a_sweep_measures_every_setting_and_goes_on(server: Server, tmp_path: Pa
 
 @pytest.mark.server
 def test_clients_that_leave_take_nothing_with_them(server: Server, tmp_path: Path) -> None:
-    [line] = load(server, tmp_path, "--budgets=48", "--disconnects=20")
+    [line] = load(server, tmp_path, "--budgets=48", "--disconnects=5")
     assert line["watch"]["visual_tokens_kept"] == {"ficoco-v": pytest.approx(48 / TOKENS)}
     assert eventually(lambda: value(server.metrics(), "vllm:num_requests_running") == 0)
     assert eventually(lambda: value(server.metrics(), "vllm:kv_cache_usage_perc") == 0)
