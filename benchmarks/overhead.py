@@ -14,53 +14,31 @@ run; medians of the rounds and their spread are printed, and ratios are what to 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engines import (
+    CLIP_L,
+    SHIPPED,
+    Child,
+    checkpoint,
+    decoder,
+    environment,
+    in_turn,
+    prompts,
+    serve,
+)
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.schedule import groups, spans
-from vllm_ficoco.tiny_llava import CHECKPOINT as SHIPPED
 
 BUDGETS = (192, 64)
 REQUESTS = 32
-
-
-def checkpoint(folder: Path) -> Path:
-    """A LLaVA-1.5 configuration with a small decoder; weights are left to vLLM's dummy loader."""
-    config = json.loads((SHIPPED / "config.json").read_text())
-    config["image_seq_length"] = 576
-    config["vision_config"].update(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        projection_dim=768,
-    )
-    config["text_config"].update(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    processor = (SHIPPED / "processor_config.json").read_text().replace("168", "336")
-    (folder / "processor_config.json").write_text(processor)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(SHIPPED / name, folder)
-    return folder
 
 
 def engine(model: Path, **options: Any) -> Any:
@@ -76,86 +54,27 @@ def engine(model: Path, **options: Any) -> Any:
     )
 
 
-def images(seed: int, count: int) -> list[Any]:
-    """Unique images, so that no cache hides the prefill."""
-    import numpy as np
-    from PIL import Image
-
-    generator = np.random.default_rng(seed)
-    return [
-        Image.fromarray(generator.integers(0, 255, (168, 168, 3), dtype=np.uint8))
-        for _ in range(count)
-    ]
-
-
-class Child:
-    """An engine in a process of its own, which answers each seed with seconds."""
-
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *arguments],
-            env={**os.environ, **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._read("ready")
-
-    def __call__(self, seed: int) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{seed}\n")
-        self.process.stdin.flush()
-        return float(self._read("seconds"))
-
-    def _read(self, word: str) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(word):
-                return line.removeprefix(word).strip()
-        raise SystemExit("the engine ended")
-
-    def close(self) -> None:
-        """The end of its seeds; killed, it would leave its workers behind."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(60)
-
-
-def in_turn(children: Sequence[Child], rounds: int) -> list[tuple[float, ...]]:
-    """Seconds of each in every round but the first two; who goes first changes."""
-    times = []
-    for i in range(rounds + 2):
-        order = [(i + j) % len(children) for j in range(len(children))]
-        taken = {which: children[which](i) for which in order}
-        times.append(tuple(taken[which] for which in range(len(children))))
-    for child in children:
-        child.close()
-    return times[2:]
-
-
-def prompts(seed: int, count: int) -> list[dict[str, Any]]:
-    """Requests with one unseen image each."""
-    text = "USER: <image> what is there ? ASSISTANT:"
-    return [{"prompt": text, "multi_modal_data": {"image": image}} for image in images(seed, count)]
-
-
 def batch_child() -> None:
     """Serves a batch of requests for every seed it reads."""
     from vllm import SamplingParams
 
     llm = engine(SHIPPED, dtype="float32", max_num_seqs=REQUESTS)
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        asked = prompts(int(line), REQUESTS)
+
+    def seconds(seed: int) -> float:
+        asked = prompts(seed, REQUESTS)
         start = time.perf_counter()
         llm.generate(asked, params, use_tqdm=False)
-        print(f"seconds {time.perf_counter() - start}", flush=True)
+        return time.perf_counter() - start
+
+    serve(seconds)
 
 
 def off(rounds: int) -> None:
     """Requests with one image each, through vLLM without and with the plugin, in turn."""
-    stock, ours = (Child("batch-child", VLLM_PLUGINS=name) for name in ("", "vllm_ficoco"))
+    stock, ours = (
+        Child(__file__, "batch-child", VLLM_PLUGINS=name) for name in ("", "vllm_ficoco")
+    )
     times = in_turn((stock, ours), rounds)
     ratios = sorted(b / a for a, b in times)
     print(f"\n| | seconds for {REQUESTS} requests | ratio to stock |\n| --- | --- | --- |")
@@ -179,29 +98,36 @@ def decode_child(folder: str, starts: list[int], requests: int) -> None:
         Path(folder), dtype="float32", max_num_batched_tokens=1024, block_size=32, **options
     ).llm_engine
     params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        for i, prompt in enumerate(prompts(int(line), requests)):
-            llm.add_request(f"{line.strip()}-{i}", prompt, params)
+
+    def step_seconds(seed: int) -> float:
+        for i, prompt in enumerate(prompts(seed, requests)):
+            llm.add_request(f"{seed}-{i}", prompt, params)
         steps = []
         while llm.has_unfinished_requests():
             start = time.perf_counter()
             llm.step()
             steps.append(time.perf_counter() - start)
-        print(f"seconds {statistics.median(steps[-48:])}", flush=True)  # all decode by then
+        return statistics.median(steps[-48:])  # all decode by then
+
+    serve(step_seconds)
 
 
 def stages(folder: Path, rounds: int, requests: int) -> None:
     """Decode steps without stages and with several layouts, in turn."""
-    deep = {"num_hidden_layers": 32, "hidden_size": 256, "intermediate_size": 640}
-    config = json.loads((SHIPPED / "config.json").read_text())
-    config["text_config"].update(deep)
-    shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("*.safetensors", "examples"))
-    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint(folder, {}, decoder(32, 256, 640, 4))
     layouts: list[list[int]] = [[], [16], [8, 16, 24], [4], [2]]
     names = [",".join(map(str, starts)) for starts in layouts]
     children = [
-        Child("decode-child", "--folder", str(folder), "--starts", n, "--batch", str(requests))
+        Child(
+            __file__,
+            "decode-child",
+            "--folder",
+            str(folder),
+            "--starts",
+            n,
+            "--batch",
+            str(requests),
+        )
         for n in names
     ]
     times = in_turn(children, rounds)
@@ -300,9 +226,7 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--starts", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    environment()
     if args.what == "batch-child":
         batch_child()
     elif args.what == "decode-child":
@@ -314,7 +238,8 @@ def main() -> None:
             if args.what == "stages":
                 stages(Path(folder) / "model", args.rounds, args.batch)
             else:
-                tower(checkpoint(Path(folder)), args.rounds, args.batch, args.dtype)
+                small = checkpoint(Path(folder), CLIP_L, decoder(4, 1024, 2816, 16))
+                tower(small, args.rounds, args.batch, args.dtype)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ class Decoder(NamedTuple):
     head_size: int
     kv_bytes_per_element: int = 2
     """2 for a cache in fp16 or bf16, 1 for fp8, 4 for fp32."""
+    mlp_matrices: int = 3
+    """3 for LLaMA's gated MLP, 2 for a vision tower's."""
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -35,12 +37,21 @@ class Decoder(NamedTuple):
         return 2 * self.layers * self.kv_heads * self.head_size * self.kv_bytes_per_element
 
 
-def layer_flops(tokens: int, decoder: Decoder) -> int:
-    """FLOPs of one decoder layer over so many tokens."""
+def attention_flops(tokens: int, decoder: Decoder) -> int:
+    """FLOPs of a layer's attention over so many tokens, projections included."""
     d, q = decoder.hidden_size, decoder.heads * decoder.head_size
     projections = 2 * d * (q + decoder.kv_heads * decoder.head_size)
-    mlp = 3 * d * decoder.intermediate_size
-    return 2 * (tokens * (projections + mlp) + 2 * tokens**2 * q)
+    return 2 * (tokens * projections + 2 * tokens**2 * q)
+
+
+def mlp_flops(tokens: int, decoder: Decoder) -> int:
+    """FLOPs of a layer's MLP over so many tokens."""
+    return 2 * tokens * decoder.mlp_matrices * decoder.hidden_size * decoder.intermediate_size
+
+
+def layer_flops(tokens: int, decoder: Decoder) -> int:
+    """FLOPs of one decoder layer over so many tokens."""
+    return attention_flops(tokens, decoder) + mlp_flops(tokens, decoder)
 
 
 def prefill_flops(tokens_per_layer: Sequence[int], decoder: Decoder) -> int:

@@ -1,0 +1,512 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a budget buys in the engine: time, KV cache and memory, beside what counts alone promise.
+
+    python benchmarks/budgets.py --decoder 1b --dtype float32             # on a CPU
+    python benchmarks/budgets.py --decoder llava-1.5-7b --batch 1,8,32    # on a GPU
+
+LLaVA-1.5's tower with a decoder of real geometry and random weights. Three engines take turns in
+one run, in processes of their own: vLLM without this package, with it, and with it and decoder
+stages. Every image is unseen, so no cache hides a prefill. Each figure is the median of the rounds;
+ratios are taken within a round, against vllm-ficoco with reduction off.
+
+Ideals come from :mod:`vllm_ficoco.cost`: FLOPs for tower and prefill, bytes of weights and KV cache
+for a decode step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from engines import (
+    CLIP_L,
+    DECODERS,
+    Child,
+    checkpoint,
+    conditions,
+    environment,
+    prompts,
+    serve,
+)
+from vllm_ficoco.cost import Decoder, attention_flops, mlp_flops, prefill_flops
+from vllm_ficoco.engine.checks import SCHEDULER
+from vllm_ficoco.engine.gaps import Plan, Run, held_of
+from vllm_ficoco.methods import METHODS
+from vllm_ficoco.schedule import groups
+from vllm_ficoco.settings import NO_REDUCTION, Reduction, SettingsError
+from vllm_ficoco.vision.geometry import Geometry, geometry_of
+
+WORDS = 54
+"""Of a question: with what surrounds it, about the 60 text tokens that papers count with."""
+POOL = 4 * 2**30
+"""Bytes of KV cache that requests are counted into."""
+STOCK, OFF, STAGED_OFF = "stock vLLM", "off", "off, on a server with stages"
+
+Answer = dict[str, Any]
+
+
+class Probe:
+    """An engine in this process that says where the time of a batch went.
+
+    Args:
+        model: folder of the checkpoint.
+        dtype: of weights and cache.
+        starts: first layers of the decoder's stages; none for vLLM's own scheduler and cache.
+        batch: requests that must fit into one step.
+        eager: no torch.compile and no CUDA graphs.
+    """
+
+    def __init__(
+        self, model: str, dtype: str, starts: Sequence[int], batch: int, eager: bool
+    ) -> None:
+        import torch
+
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model must be in reach
+        from vllm import LLM
+
+        gpu = torch.cuda.is_available()
+        options: dict[str, Any] = {} if gpu else {"block_size": 32}  # the least on a CPU
+        if starts:
+            options["scheduler_cls"] = SCHEDULER
+            options["hf_overrides"] = {"reduction_stages": list(starts)}
+            if gpu:
+                eager = True
+                options["attention_config"] = {"backend": "TRITON_ATTN"}
+        if gpu:
+            options["gpu_memory_utilization"] = 0.3  # three engines share it
+        self.engine = LLM(
+            model=model,
+            dtype=dtype,
+            load_format="dummy",
+            max_model_len=1024,
+            max_num_seqs=max(batch, 2),
+            max_num_batched_tokens=1024 * max(batch, 2),
+            limit_mm_per_prompt={"image": 1},
+            enable_prefix_caching=False,
+            enforce_eager=eager or not gpu,
+            **options,
+        ).llm_engine
+        self.wait: Callable[[], None] = torch.cuda.synchronize if gpu else lambda: None
+        self.memory = GPUMemory() if gpu else CPUMemory()
+        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self.spent: Counter[str] = Counter()
+        model_ = self.engine.model_executor.driver_worker.worker.model_runner.model
+        self._time(model_, "embed_multimodal", "tower_s")
+        self._time(model_, "forward", "prefill_s")
+        if tower := getattr(model_, "reducing_tower", None):
+            tower.timer = lambda _: self._timed("reduction_s")
+        if decoder := getattr(model_, "staged_decoder", None):
+            self._time(decoder, "_reduce", "reduction_s")
+
+    def _time(self, owner: Any, name: str, kind: str) -> None:
+        run = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self._timed(kind):
+                return run(*args, **kwargs)
+
+        setattr(owner, name, timed)
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        self.wait()
+        start = time.perf_counter()
+        yield
+        self.wait()
+        self.spent[kind] += time.perf_counter() - start
+
+    def __call__(self, asked: dict[str, Any]) -> Answer:
+        """Serves a batch.
+
+        Args:
+            asked: ``seed``, ``batch``, ``tokens`` of each answer, and ``reduction`` or None.
+
+        Returns:
+            Seconds of tower, reduction (its share of tower and prefill) and prefill, of the whole
+            batch; ``ttft_s`` of every request; ``decode_s`` of a step; ``kv_bytes`` of a request;
+            rows of every decoder layer; KV blocks held and computed; ``peak_bytes``.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=asked["tokens"], temperature=0, ignore_eos=True, detokenize=False
+        )
+        extra = (
+            {"mm_processor_kwargs": {"reduction": asked["reduction"]}} if asked["reduction"] else {}
+        )
+        requests = prompts(asked["seed"], asked["batch"], WORDS)
+        self.spent.clear()
+        self.memory.start()
+        answer: Answer = {}
+        begin, first, steps = time.perf_counter(), dict[str, float](), list[float]()
+        for number, request in enumerate(requests):
+            self.engine.add_request(f"{asked['seed']}-{number}", {**request, **extra}, params)
+        layout = self.layout(asked["reduction"])
+        while self.engine.has_unfinished_requests():
+            start = time.perf_counter()
+            outputs = self.engine.step()
+            end = time.perf_counter()
+            if len(first) == asked["batch"]:
+                steps.append(end - start)
+                continue
+            for output in outputs:
+                first.setdefault(output.request_id, end - begin)
+            if len(first) == asked["batch"]:
+                answer.update(self.spent)
+                answer["peak_bytes"] = self.memory.peak()
+                answer["kv_bytes"] = self.held_bytes() / asked["batch"]
+        return {
+            "reduction_s": 0.0,
+            **answer,
+            **layout,
+            "ttft_s": median(first.values()),
+            "decode_s": median(steps),
+        }
+
+    def held_bytes(self) -> float:
+        """KV cache that all requests hold now."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
+        return held * self.block_bytes
+
+    @property
+    def block_bytes(self) -> float:
+        """Of one entry of the pool: the layers of a group, all groups having equally many."""
+        groups = self.scheduler.kv_cache_config.kv_cache_groups
+        return max(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in groups)
+
+    def layout(self, reduction: dict[str, Any] | None) -> Answer:
+        """What the arithmetic says of a queued request: rows by layer, bytes in whole blocks."""
+        request = next(iter(self.scheduler.requests.values()))
+        place = request.mm_features[0].mm_position
+        run = Run(place.offset, place.offset + place.length)
+        prompt, size = request.num_prompt_tokens, self.scheduler.block_size
+        geometry = geometry_of(self.engine.vllm_config.model_config.hf_config)
+        asked = Reduction.parse(reduction) if reduction else None
+        keep = geometry.held(asked)[1:]
+        plan = Plan.of([run], [keep], size, prompt, False)
+        blocks, rows = 0, [prompt] * geometry.spans[0]
+        for stage, (span, count) in enumerate(
+            zip(geometry.spans, groups(geometry.spans), strict=True)
+        ):
+            whole = -(-prompt // size)
+            blocks += count * (whole - plan.left_out(stage, 0, whole))
+            if stage:
+                held = held_of(run, keep[stage - 1], size, prompt)
+                rows += [prompt - place.length + held] * span
+        return {"rows": rows, "kv_bytes_computed": blocks * self.block_bytes}
+
+
+class CPUMemory:
+    """Resident memory of this process above what it had at the start."""
+
+    def start(self) -> None:
+        ctypes.CDLL(None).malloc_trim(0)  # or what an earlier batch has left would hide this one's
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        self.rest = self._read("VmRSS")
+
+    def peak(self) -> int:
+        return self._read("VmHWM") - self.rest
+
+    def _read(self, name: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition(f"{name}:")[2].split()[0])
+
+
+class GPUMemory:
+    """Allocated memory of the GPU above what was allocated at the start."""
+
+    def start(self) -> None:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        self.rest = torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated() - self.rest
+
+
+# --- What counts alone promise ------------------------------------------------------------------
+
+
+def cost_of(text: Any, bytes_per_element: int, mlp_matrices: int = 3) -> Decoder:
+    """A Hugging Face configuration as the cost model reads it."""
+    heads = text.num_attention_heads
+    return Decoder(
+        text.num_hidden_layers,
+        text.hidden_size,
+        text.intermediate_size,
+        heads,
+        getattr(text, "num_key_value_heads", heads),
+        getattr(text, "head_dim", None) or text.hidden_size // heads,
+        bytes_per_element,
+        mlp_matrices,
+    )
+
+
+def tower_flops(geometry: Geometry, tower: Decoder, reduction: Reduction | None) -> int:
+    """Of all layers that run, with the tokens that each has before and behind its reduction."""
+    keep_after = dict(geometry.stages(reduction)) if reduction else {}
+    in_tower = reduction is not None and reduction.spec.place == "tower"
+    flops, left, cls = 0, geometry.tokens, int(geometry.has_cls)
+    for layer in range(geometry.layers):
+        flops += attention_flops(left + cls, tower)
+        left = keep_after.get(layer, left) if in_tower else left
+        flops += mlp_flops(left + cls, tower)
+    return flops
+
+
+def decode_bytes(rows: Sequence[int], decoder: Decoder, batch: int) -> int:
+    """What a decode step reads: the decoder's weights, and the cache of every request."""
+    d, q = decoder.hidden_size, decoder.heads * decoder.head_size
+    projections = 2 * d * (q + decoder.kv_heads * decoder.head_size)
+    mlp = decoder.mlp_matrices * d * decoder.intermediate_size
+    weights = decoder.layers * (projections + mlp) * decoder.kv_bytes_per_element
+    return weights + batch * sum(rows) * decoder.kv_bytes_per_token // decoder.layers
+
+
+# --- Taking turns -------------------------------------------------------------------------------
+
+
+def settings(
+    geometry: Geometry, methods: Sequence[str], budgets: Sequence[int]
+) -> Iterator[tuple[str, str, Reduction]]:
+    """(name, engine, reduction) of everything that can be asked; what cannot be is printed."""
+    for method in methods:
+        for budget in budgets:
+            reduction = Reduction(method=method, budget=budget)
+            try:
+                geometry.kept(reduction)
+            except SettingsError as error:
+                print(f"left out: {method}@{budget}: {error}")
+                continue
+            engine = "staged" if reduction.spec.decoder else "ours"
+            yield f"{method}@{budget}", engine, reduction
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All settings in turn, round by round; written to the file after every round."""
+    from tqdm import tqdm
+    from transformers import AutoConfig
+
+    vision, text = ({}, {}) if args.decoder == "shipped" else (CLIP_L, DECODERS[args.decoder])
+    checkpoint(folder, vision, text)
+    config = AutoConfig.from_pretrained(folder)
+    config.reduction_stages = args.stages
+    geometry = geometry_of(config)
+    every = list(settings(geometry, args.methods, args.budgets))
+    staged = any(engine == "staged" for _, engine, _ in every)
+    asked: list[tuple[str, str, Reduction | None]] = [
+        (STOCK, "stock", None),
+        (OFF, "ours", None),
+        *([(STAGED_OFF, "staged", None)] if staged else []),
+        *every,
+    ]
+    command = [__file__, "--probe", str(folder), "--dtype", args.dtype]
+    command += ["--batch", ",".join(map(str, args.batch)), *(["--eager"] if args.eager else [])]
+    staging = ["--stages", ",".join(map(str, args.stages))]
+    children = {
+        "stock": Child(*command, "--stages", "", VLLM_PLUGINS=""),
+        "ours": Child(*command, "--stages", "", VLLM_PLUGINS="vllm_ficoco"),
+        **({"staged": Child(*command, *staging, VLLM_PLUGINS="vllm_ficoco")} if staged else {}),
+    }
+    element = {"float32": 4}.get(args.dtype, 2)
+    decoder = cost_of(config.text_config, element)
+    tower = cost_of(config.vision_config, element, mlp_matrices=2)
+    results: dict[str, Any] = {
+        "conditions": {
+            **conditions(),
+            "decoder": args.decoder,
+            "dtype": args.dtype,
+            "stages": args.stages,
+            "eager": args.eager,
+            "kv_cache_bytes_per_token": decoder.kv_bytes_per_token,
+        },
+        "tower_flops": {
+            name: tower_flops(geometry, tower, reduction) for name, _, reduction in asked
+        },
+        "rounds": [],
+    }
+    seed = time.time_ns() % 2**31
+    # Not measured: what a first request sets up; on a GPU that is kernels for every shape.
+    warm_up = asked if results["conditions"]["gpu"] else [a for a in asked if a[2] is None]
+    total = (args.rounds * len(asked) + len(warm_up)) * len(args.batch)
+    with tqdm(total=total, unit="batch") as bar:
+        for number in range(args.rounds + 1):
+            here: dict[str, dict[str, Answer]] = {}
+            first = number * len(asked) // max(args.rounds, 1)
+            turned = asked[first:] + asked[:first] if number else warm_up
+            for batch in args.batch:
+                answers = here[str(batch)] = {}
+                for name, engine, reduction in turned:
+                    bar.set_description(f"{name} x {batch}")
+                    seed += 1
+                    given = reduction.model_dump() if reduction else None
+                    question = {"seed": seed, "batch": batch, "tokens": args.tokens}
+                    answer = children[engine]({**question, "reduction": given})
+                    answer["prefill_flops"] = prefill_flops(answer["rows"], decoder)
+                    answer["decode_bytes"] = decode_bytes(answer["rows"], decoder, batch)
+                    answers[name] = answer
+                    bar.update()
+            if number:
+                results["rounds"].append(here)
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(results))
+    for child in children.values():
+        child.close()
+    return results
+
+
+# --- Tables -------------------------------------------------------------------------------------
+
+
+TIMES = (
+    "setting",
+    "tower, ms",
+    "of off",
+    "ideal",
+    "reduction / tower of off",
+    "prefill, ms",
+    "speed-up",
+    "ideal",
+    "of ideal",
+    "TTFT, ms",
+    "of off",
+    "decode step, ms",
+    "of off",
+    "ideal",
+)
+MEMORY = (
+    "setting",
+    "tokens a layer",
+    "KV MiB a request",
+    "held / computed",
+    f"requests in {POOL // 2**30} GiB",
+    "of off",
+    "peak, MiB",
+)
+
+
+def ms(answers: Sequence[Answer], key: str) -> str:
+    """Median in milliseconds."""
+    return f"{1000 * median(answer[key] for answer in answers):.4g}"
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """Median, lowest and highest."""
+    return f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+
+
+def times_of(name: str, mine: Sequence[Answer], off: Sequence[Answer], tower: float) -> list[str]:
+    """A row of the table of times.
+
+    Args:
+        name: of the setting.
+        mine: its answers, one a round.
+        off: those with reduction off, of the same rounds.
+        tower: FLOPs of its tower over those of off.
+    """
+
+    def against(key: str) -> list[float]:
+        return [m[key] / o[key] for m, o in zip(mine, off, strict=True)]
+
+    speed_up = median(1 / ratio for ratio in against("prefill_s"))
+    ideal = off[0]["prefill_flops"] / mine[0]["prefill_flops"]
+    share = median(m["reduction_s"] / o["tower_s"] for m, o in zip(mine, off, strict=True))
+    return [
+        name,
+        ms(mine, "tower_s"),
+        spread(against("tower_s")),
+        f"{tower:.3f}",
+        f"{share:.4f}",
+        ms(mine, "prefill_s"),
+        f"{speed_up:.2f}",
+        f"{ideal:.2f}",
+        f"{speed_up / ideal:.2f}",
+        ms(mine, "ttft_s"),
+        spread(against("ttft_s")),
+        ms(mine, "decode_s"),
+        spread(against("decode_s")),
+        f"{mine[0]['decode_bytes'] / off[0]['decode_bytes']:.3f}",
+    ]
+
+
+def memory_of(name: str, mine: Sequence[Answer], off: Sequence[Answer]) -> list[str]:
+    """A row of the table of memory; arguments as of :func:`times_of`."""
+    one, fit, fit_off = mine[0], POOL // mine[0]["kv_bytes"], POOL // off[0]["kv_bytes"]
+    return [
+        name,
+        f"{sum(one['rows']) / len(one['rows']):.1f}",
+        f"{one['kv_bytes'] / 2**20:.1f}",
+        f"{one['kv_bytes'] / one['kv_bytes_computed']:.3f}",
+        f"{fit:.0f}",
+        f"{fit / fit_off:.2f}",
+        f"{median(m['peak_bytes'] for m in mine) / 2**20:.0f}",
+    ]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first row is the head."""
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+
+
+def report(results: dict[str, Any]) -> str:
+    """Markdown: one table of times and one of memory for every batch size."""
+    rounds, flops = results["rounds"], results["tower_flops"]
+    said = "\n".join(f"- {key}: {value}" for key, value in results["conditions"].items())
+    parts = [f"{said}\n- rounds: {len(rounds)}; medians (lowest to highest)"]
+    for batch in rounds[0]:
+        times, memory = [TIMES], [MEMORY]
+        for name in flops:
+            mine, off = ([r[batch][which] for r in rounds] for which in (name, OFF))
+            times.append(times_of(name, mine, off, flops[name] / flops[OFF]))
+            memory.append(memory_of(name, mine, off))
+        parts += [f"### {batch} at once", table(times), table(memory)]
+    return "\n\n".join(parts) + "\n"
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between."""
+    return [int(n) for n in text.split(",") if n]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python benchmarks/budgets.py``."""
+    names = [name for name in METHODS if name != NO_REDUCTION]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--decoder", default="1b", choices=[*DECODERS, "shipped"])
+    add("--dtype", default="bfloat16", help="float32 for CPUs without bf16 units")
+    add("--methods", type=lambda s: s.split(","), default=names, help="with commas; all by default")
+    add("--budgets", type=numbers, default=[192, 128, 64], help="with commas")
+    add("--stages", type=numbers, default=[2, 8, 14], help="first layers of the decoder's stages")
+    add("--batch", type=numbers, default=[1], help="requests that come together, with commas")
+    add("--tokens", type=int, default=8, help="of every answer")
+    add("--rounds", type=int, default=3)
+    add("--eager", action="store_true", help="no torch.compile and no CUDA graphs on a GPU")
+    add("--out", type=Path, default=Path("reports/budgets.json"))
+    add("--probe", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    environment()
+    if args.probe:
+        serve(Probe(args.probe, args.dtype, args.stages, max(args.batch), args.eager))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print("\n" + report(measure(args, Path(folder))))
+
+
+if __name__ == "__main__":
+    main()
