@@ -29,12 +29,12 @@ from statistics import median
 from typing import Any
 
 from engines import (
-    CLIP_L,
     DECODERS,
     Child,
     checkpoint,
     conditions,
     environment,
+    geometry,
     prompts,
     serve,
 )
@@ -301,26 +301,28 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from tqdm import tqdm
     from transformers import AutoConfig
 
-    vision, text = ({}, {}) if args.decoder == "shipped" else (CLIP_L, DECODERS[args.decoder])
-    checkpoint(folder, vision, text)
+    checkpoint(folder, *geometry(args.decoder))
     config = AutoConfig.from_pretrained(folder)
     config.reduction_stages = args.stages
-    geometry = geometry_of(config)
-    every = list(settings(geometry, args.methods, args.budgets))
+    places = geometry_of(config)
+    every = list(settings(places, args.methods, args.budgets))
     staged = any(engine == "staged" for _, engine, _ in every)
     asked: list[tuple[str, str, Reduction | None]] = [
-        (STOCK, "stock", None),
+        *([] if args.no_stock else [(STOCK, "stock", None)]),
         (OFF, "ours", None),
         *([(STAGED_OFF, "staged", None)] if staged else []),
         *every,
     ]
     command = [__file__, "--probe", str(folder), "--dtype", args.dtype]
     command += ["--batch", ",".join(map(str, args.batch)), *(["--eager"] if args.eager else [])]
-    staging = ["--stages", ",".join(map(str, args.stages))]
+    how: dict[str, tuple[list[str], str]] = {
+        "stock": (["--stages", ""], ""),
+        "ours": (["--stages", ""], "vllm_ficoco"),
+        "staged": (["--stages", ",".join(map(str, args.stages))], "vllm_ficoco"),
+    }
     children = {
-        "stock": Child(*command, "--stages", "", VLLM_PLUGINS=""),
-        "ours": Child(*command, "--stages", "", VLLM_PLUGINS="vllm_ficoco"),
-        **({"staged": Child(*command, *staging, VLLM_PLUGINS="vllm_ficoco")} if staged else {}),
+        engine: Child(*command, *how[engine][0], VLLM_PLUGINS=how[engine][1])
+        for engine in dict.fromkeys(engine for _, engine, _ in asked)
     }
     element = {"float32": 4}.get(args.dtype, 2)
     decoder = cost_of(config.text_config, element)
@@ -335,7 +337,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "kv_cache_bytes_per_token": decoder.kv_bytes_per_token,
         },
         "tower_flops": {
-            name: tower_flops(geometry, tower, reduction) for name, _, reduction in asked
+            name: tower_flops(places, tower, reduction) for name, _, reduction in asked
         },
         "rounds": [],
     }
@@ -497,6 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--tokens", type=int, default=8, help="of every answer")
     add("--rounds", type=int, default=3)
     add("--eager", action="store_true", help="no torch.compile and no CUDA graphs on a GPU")
+    add("--no-stock", action="store_true", help="an engine less, where memory is short")
     add("--out", type=Path, default=Path("reports/budgets.json"))
     add("--probe", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks of the engine share: models of real geometry, unseen images, and engines in
-processes of their own that are asked line by line, so that what is compared can take turns."""
+processes of their own that are asked line by line, so that what is compared can take turns.
+
+    python benchmarks/engines.py llava-1.5-7b FOLDER    # writes such a model, to serve it with
+    vllm-ficoco serve FOLDER --load-format dummy        # random weights
+"""
 
 from __future__ import annotations
 
@@ -49,6 +53,11 @@ DECODERS = {
 of the time to first token."""
 
 
+def geometry(name: str) -> tuple[dict[str, int], dict[str, int]]:
+    """What :func:`checkpoint` needs for one of :data:`DECODERS`, or for the shipped model's own."""
+    return ({}, {}) if name == "shipped" else (CLIP_L, DECODERS[name])
+
+
 def checkpoint(folder: Path, vision: dict[str, int], text: dict[str, int]) -> Path:
     """A LLaVA of this geometry with the shipped model's few words, and no weights (vLLM's dummy
     loader makes some).
@@ -69,7 +78,7 @@ def checkpoint(folder: Path, vision: dict[str, int], text: dict[str, int]) -> Pa
     processor["image_processor"]["crop_size"] = {"height": side, "width": side}
     processor["image_processor"]["size"] = {"shortest_edge": side}
     (folder / "processor_config.json").write_text(json.dumps(processor))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(SHIPPED / name, folder)
     return folder
 
@@ -187,3 +196,8 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+if __name__ == "__main__":
+    _, name, folder = sys.argv
+    checkpoint(Path(folder), *geometry(name))

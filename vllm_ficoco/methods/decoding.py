@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Annotated, Any
 
 import torch
@@ -24,6 +24,19 @@ from vllm_ficoco.methods.paradigm import AttentionKind, DecoderPart, Method, Opt
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """Query (B, H, n, d), key and value (B, G, n, d)."""
+
+
+def _once(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Remembers what a method of the evidence returned: to choose and to merge ask for the same."""
+
+    @wraps(attention)
+    def remembering(self: DecoderEvidence, *args: Any) -> Tensor:
+        asked = (attention.__name__, *args)
+        if asked not in self._known:
+            self._known[asked] = attention(self, *args)
+        return self._known[asked]
+
+    return remembering
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,7 @@ class DecoderEvidence:
     heads: int
     """H over all ranks."""
     sum_over_ranks: Callable[[Tensor], Tensor] = field(default=lambda x: x)
+    _known: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def _image(self) -> Heads:
@@ -65,6 +79,7 @@ class DecoderEvidence:
     def _mean_over_heads(self, x: Tensor) -> Tensor:
         return self.sum_over_ranks(x.sum(1)) / self.heads
 
+    @_once
     def attention_from_text(self, kind: AttentionKind = "probabilities") -> Tensor:
         """(B, M, n): A_kj, what text token k draws from the image's token j; mean over heads."""
         logits = self._logits(self._text[0], self._image[1])
@@ -84,6 +99,7 @@ class DecoderEvidence:
         logits = self._logits(self._image[0], self._text[1])
         return self._mean_over_heads(logits.softmax(-1) if kind == "probabilities" else logits)
 
+    @_once
     def attention_among(self, kind: AttentionKind = "probabilities", causal: bool = True) -> Tensor:
         """(B, n, n): A_ij, what token i of the image draws from token j; mean over heads.
 

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Everything that is to be measured on a GPU, with random weights and nothing downloaded:
+#
+#   benchmarks/gpu.sh                             # into reports/gpu
+#   DECODER=llava-1.5-13b benchmarks/gpu.sh
+#
+# Leaves budgets.json (the engine), loadtest/runs.jsonl (the server under load), their tables, and
+# the log of every part. A part that fails or takes too long does not stop the others; the last line
+# says which did. About eight minutes on one H200 are its limits added up.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+OUT=${OUT:-reports/gpu}
+DECODER=${DECODER:-llava-1.5-7b}
+DTYPE=${DTYPE:-bfloat16}
+BUDGETS=${BUDGETS:-192,128,64}
+FULL=${FULL:-576}
+IMAGE_SIZE=${IMAGE_SIZE:-336}
+STAGES=${STAGES:-2,8,22}
+METHODS=${METHODS:-ficoco-v,ficoco-k,tome,topk,fastv,ficoco-vl}
+BATCHES=${BATCHES:-1,8}
+CONCURRENCY=${CONCURRENCY:-1,32}
+PORT=${PORT:-8123}
+SERVER_FLAGS=${SERVER_FLAGS:-}
+
+mkdir -p "$OUT"
+failed=()
+
+part() { # name, seconds, command
+  local name=$1 limit=$2
+  shift 2
+  echo "== $name"
+  timeout "$limit" "$@" >"$OUT/$name.md" 2>"$OUT/$name.log" || failed+=("$name")
+  cat "$OUT/$name.md"
+}
+
+nvidia-smi >"$OUT/nvidia-smi.txt" 2>&1 || echo "no GPU"
+
+part tests 60 python -m pytest -m "not engine and not server" -k "gpu or cuda or waits"
+part budgets 210 python benchmarks/budgets.py --decoder "$DECODER" --dtype "$DTYPE" \
+  --methods "$METHODS" --budgets "$BUDGETS" --stages "$STAGES" --batch "$BATCHES" --rounds 2 \
+  --out "$OUT/budgets.json"
+
+python benchmarks/engines.py "$DECODER" "$OUT/model" || failed+=(model)
+# shellcheck disable=SC2086  # flags are words
+vllm-ficoco serve "$OUT/model" --load-format dummy --dtype "$DTYPE" --port "$PORT" \
+  --max-model-len 1024 --no-enable-prefix-caching $SERVER_FLAGS >"$OUT/server.log" 2>&1 &
+server=$!
+for _ in $(seq 100); do
+  curl --silent --fail "http://127.0.0.1:$PORT/health" >/dev/null && break
+  kill -0 "$server" 2>/dev/null || break
+  sleep 1
+done
+part loadtest 100 python -m loadtest --base-url "http://127.0.0.1:$PORT" --methods ficoco-v \
+  --budgets "$FULL,$BUDGETS" --image-size "$IMAGE_SIZE" --concurrency "$CONCURRENCY" --requests 64 \
+  --repeat 1 --output-tokens 32 --out "$OUT/loadtest"
+kill "$server"
+wait "$server"
+
+echo "failed: ${failed[*]:-nothing}"
+((${#failed[@]} == 0))
