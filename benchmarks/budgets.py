@@ -303,6 +303,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     checkpoint(folder, *geometry(args.decoder))
     config = AutoConfig.from_pretrained(folder)
+    if not any(METHODS[method].decoder for method in args.methods):
+        args.stages = []
     config.reduction_stages = args.stages
     places = geometry_of(config)
     every = list(settings(places, args.methods, args.budgets))
@@ -485,6 +487,15 @@ def numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
+def known(text: str) -> list[str]:
+    """Names of methods with commas between."""
+    names = text.split(",")
+    for name in names:
+        if name not in METHODS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(METHODS)}")
+    return names
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python benchmarks/budgets.py``."""
     names = [name for name in METHODS if name != NO_REDUCTION]
@@ -492,7 +503,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--decoder", default="1b", choices=[*DECODERS, "shipped"])
     add("--dtype", default="bfloat16", help="float32 for CPUs without bf16 units")
-    add("--methods", type=lambda s: s.split(","), default=names, help="with commas; all by default")
+    add("--methods", type=known, default=names, help="with commas; all by default")
     add("--budgets", type=numbers, default=[192, 128, 64], help="with commas")
     add("--stages", type=numbers, default=[2, 8, 14], help="first layers of the decoder's stages")
     add("--batch", type=numbers, default=[1], help="requests that come together, with commas")

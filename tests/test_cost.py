@@ -79,3 +79,10 @@ def test_ratio() -> None:
     assert got == pytest.approx(1.6 / 8.5, abs=0.01)
     ratios = [prefill_flops_ratio([TEXT + kept] * 32, 636, LLAVA_7B) for kept in range(1, 577)]
     assert ratios == sorted(ratios)
+
+
+def test_the_formula_of_the_paper() -> None:
+    """Eq. 17 as printed, 4 P D^2 + 2 P^2 D + 2 P D H, where an MLP has two matrices."""
+    p, d, h = 577, 1024, 4096
+    tower = Decoder(23, d, h, 16, 16, 64, mlp_matrices=2)
+    assert layer_flops(p, tower) == 2 * (4 * p * d * d + 2 * p * p * d + 2 * p * d * h)

@@ -22,11 +22,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from vllm_ficoco.methods import tome
-from vllm_ficoco.methods.paradigm import Evidence, Method, Options, Tokens, cosine, highest
+from vllm_ficoco.methods.paradigm import Evidence, Method, Options, Tokens, highest
 
 
 class FiCoCoKOptions(Options):
@@ -38,14 +39,13 @@ class FiCoCoKOptions(Options):
 
 def standard(x: Tensor) -> Tensor:
     """(B, n) with mean 0 and deviation 1 over the tokens; nearly 0 where they are all the same."""
-    deviation = x.std(-1, keepdim=True, unbiased=False).clamp_min(1e-6)  # of noise, make no more
-    return (x - x.mean(-1, keepdim=True)) / deviation
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-12)  # of noise, make no more
 
 
 def filter(_: Tokens, evidence: Evidence, leave: int, options: FiCoCoKOptions) -> Tensor:
     """Of A, the tokens that are much like one of B and little looked at."""
-    keys = evidence.mean_keys
-    local = cosine(keys[:, ::2], keys[:, 1::2]).amax(-1)
+    keys = evidence.unit_keys
+    local = (keys[:, ::2] @ keys[:, 1::2].transpose(-1, -2)).amax(-1)
     task = standard(evidence.attention_of_cls("logits"))[:, ::2]
     return highest(standard(local) - options.protect * task, leave) * 2
 

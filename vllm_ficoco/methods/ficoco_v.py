@@ -30,6 +30,7 @@ which LLaVA runs 23); what leaves per layer follows from the budget (the authors
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated
 
 import torch
@@ -45,6 +46,7 @@ from vllm_ficoco.methods.paradigm import (
     Tokens,
     highest,
     merge,
+    on_device,
     quantile_per_row,
 )
 
@@ -97,17 +99,31 @@ def local_penalty(
     """
     if coefficient == 1:
         return score
-    rows, columns = grid
-    down, across = -(-rows // window), -(-columns // window)
-    row, column = position // columns, position % columns
-    owner = (row // window) * across + column // window
-    place = owner * window**2 + (row % window) * window + column % window
-    laid = score.new_full((len(score), down * across * window**2), float("-inf"))
-    laid = laid.scatter(1, place, score).unflatten(1, (down * across, window**2))
-    first_highest = laid.argmax(-1).gather(1, owner)  # in a tie the first in raster order
+    count, places = _window_places(grid, window, score.device)
+    place = places[position]
+    laid = score.new_full((len(score), count * window**2), float("-inf"))
+    laid = laid.scatter(1, place, score).unflatten(1, (count, window**2))
+    first_highest = laid.argmax(-1).gather(
+        1, place // window**2
+    )  # in a tie the first in raster order
     leads = first_highest == place % window**2
     scaled = torch.where(score > 0, score * coefficient, score / coefficient)
     return torch.where(leads, scaled, score)
+
+
+@lru_cache(maxsize=256)
+def _window_places(grid: tuple[int, int], window: int, device: torch.device) -> tuple[int, Tensor]:
+    """How many windows a grid has, and where in them, one after another, its places lie: (n,)."""
+    rows, columns = grid
+    across = -(-columns // window)
+    places = [
+        ((row // window) * across + column // window) * window**2
+        + row % window * window
+        + column % window
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    return -(-rows // window) * across, on_device(places, device)
 
 
 def filter(tokens: Tokens, evidence: Evidence, leave: int, options: FiCoCoVOptions) -> Tensor:

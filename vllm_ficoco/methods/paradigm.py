@@ -167,8 +167,13 @@ class Evidence:
 
     @cached_property
     def mean_keys(self) -> Tensor:
-        """(B, n, d): keys of the patches, mean over heads; filter and correlate both ask for it."""
+        """(B, n, d): keys of the patches, mean over heads."""
         return self.sum_over_ranks(self.key[:, :, self._first :].float().sum(1)) / self._heads
+
+    @cached_property
+    def unit_keys(self) -> Tensor:
+        """(B, n, d): the same with length 1, so that products are cosines; or 0."""
+        return torch.nn.functional.normalize(self.mean_keys, dim=-1)
 
 
 # --- The contract of a method -------------------------------------------------------------------
@@ -195,8 +200,7 @@ def reduce(steps: Method | Steps, tokens: Tokens, evidence: Any, keep: int, opti
         options: an instance of the method's options.
     """
     leave = len(tokens) - keep + steps.added
-    source = steps.filter(tokens, evidence, leave, options).sort(-1).values
-    target = complement(source, len(tokens))
+    source, target = divide(steps.filter(tokens, evidence, leave, options), len(tokens))
     if steps.correlate is None or steps.compress is None:
         return prune(tokens, target)
     weights = steps.correlate(tokens, evidence, source, target, options)
@@ -278,7 +282,12 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of (B, n, D) or entries of (B, n) by index (B, k)."""
     if x.dim() == 2:
         return x.gather(1, index)
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    # Whole rows at once; a gather would look up every element, several times as slow.
+    if len(x) == 1:
+        return x[0].index_select(0, index[0])[None]
+    batch, n, _ = x.shape
+    first = torch.arange(0, batch * n, n, device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
 
 
 def highest(score: Tensor, count: int) -> Tensor:
@@ -286,11 +295,17 @@ def highest(score: Tensor, count: int) -> Tensor:
     return score.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def complement(index: Tensor, n: int) -> Tensor:
-    """(B, n - k): the indices below ``n`` that are not in ``index`` (B, k), ascending."""
+def divide(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """``index`` (B, k) ascending, and the indices below ``n`` that are not in it, (B, n - k)."""
     present = torch.zeros(index.shape[0], n, dtype=torch.uint8, device=index.device)
     present.scatter_(1, index, 1)
-    return present.sort(dim=-1, stable=True).indices[:, : n - index.shape[1]]
+    others, own = present.sort(dim=-1, stable=True).indices.tensor_split([n - index.shape[1]], -1)
+    return own, others
+
+
+def complement(index: Tensor, n: int) -> Tensor:
+    """(B, n - k): the indices below ``n`` that are not in ``index`` (B, k), ascending."""
+    return divide(index, n)[1]
 
 
 def prune(tokens: Tokens, target: Tensor) -> Tokens:
@@ -351,6 +366,14 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.transpose(-1, -2)
 
 
+def on_device(values: list[int], device: torch.device) -> Tensor:
+    """Numbers of the host on a device, without waiting for it."""
+    on_host = torch.tensor(values)
+    if device.type == "cpu":
+        return on_host
+    return on_host.pin_memory().to(device, non_blocking=True)
+
+
 @lru_cache(maxsize=4096)  # every count of a few grids
 def grid_windows(
     grid: tuple[int, int], count: int, device: torch.device
@@ -369,11 +392,4 @@ def grid_windows(
             owner[row * columns + left : row * columns + right] = [number] * (right - left)
     first = [top * columns + left for top, _, left, _ in cuts]
     middle = [(t + b) // 2 * columns + (le + r) // 2 for t, b, le, r in cuts]
-
-    def place(values: list[int]) -> Tensor:
-        on_host = torch.tensor(values)
-        if device.type == "cpu":
-            return on_host
-        return on_host.pin_memory().to(device, non_blocking=True)  # else the host would wait
-
-    return place(owner), place(first), place(middle)
+    return on_device(owner, device), on_device(first, device), on_device(middle, device)

@@ -3,7 +3,7 @@
 
 Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461. At every layer, between
 attention and MLP, the tokens are dealt alternately into A and B; each of A is linked to the token
-of B whose key is most alike (cosine, keys averaged over heads); the r strongest links merge, as an
+of B whose key is most alike (keys averaged over heads); the r strongest links merge, as an
 average weighted by how many patches a token stands for. Later layers attend with log(size) added
 to the scores ("proportional attention").
 
@@ -25,7 +25,6 @@ from vllm_ficoco.methods.paradigm import (
     Method,
     Options,
     Tokens,
-    cosine,
     highest,
     merge,
     one_hot_of_highest,
@@ -40,15 +39,15 @@ def stages(tokens: int, budget: int, layers: int, _: Options) -> list[schedule.S
 
 def filter(_: Tokens, evidence: Evidence, leave: int, __: Options) -> Tensor:
     """Of A, the tokens with the strongest link to B."""
-    keys = evidence.mean_keys
-    strongest = cosine(keys[:, ::2], keys[:, 1::2]).amax(-1)
+    keys = evidence.unit_keys
+    strongest = (keys[:, ::2] @ keys[:, 1::2].transpose(-1, -2)).amax(-1)
     return highest(strongest, leave) * 2
 
 
 def correlate(_: Tokens, evidence: Evidence, source: Tensor, target: Tensor, __: Options) -> Tensor:
     """Cosine of keys; those of A that stay cannot receive."""
-    keys = evidence.mean_keys
-    similarity = cosine(take(keys, source), take(keys, target))
+    keys = evidence.unit_keys
+    similarity = take(keys, source) @ take(keys, target).transpose(-1, -2)
     return similarity.masked_fill((target % 2 == 0)[:, None], float("-inf"))
 
 
