@@ -9,7 +9,7 @@ in a stage follows from the rows that the attention metadata leave of it
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -26,6 +26,10 @@ from vllm_ficoco.methods.paradigm import Steps, Tokens, reduce
 from vllm_ficoco.methods.random import lot_of
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.geometry import Geometry
+
+EVIDENCE_BYTES = 256 * 2**20
+"""What attention among the tokens of the images that are reduced together may take, in float32: it
+comes on top of what vLLM has reserved."""
 
 
 class VisualTokens(torch.Tensor):
@@ -69,8 +73,7 @@ class Image:
     start: int
     end: int
     """Exclusive."""
-    options: Any
-    """Of its method."""
+    reduction: Reduction
     steps: dict[int, Steps]
     """What happens to it, by stage."""
     places: Tensor
@@ -86,6 +89,28 @@ class Batch(NamedTuple):
     positions: Tensor
     rows: Tensor | None
     """(n,) on the host: which rows of the whole batch they are; None for all."""
+
+
+class Leaving(NamedTuple):
+    """An image of which tokens leave at a stage."""
+
+    image: Image
+    had: range
+    """Its tokens among the rows that come."""
+    has: range
+    """Its tokens among the rows that run on."""
+    text: Tensor
+    """(M,) on the host: the text behind it, among the rows that come."""
+
+
+Kind = tuple[Reduction, int, int, int]
+"""Settings of an image, tokens that it has and keeps, text tokens: one batch for all alike."""
+
+
+def rows_of(ranges: Sequence[range], device: torch.device) -> Tensor:
+    """(B, n) on the device: B ranges of one length."""
+    first = torch.tensor([[r.start] for r in ranges])
+    return (first + torch.arange(len(ranges[0]))).to(device, non_blocking=True)
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden": 0, "residual": 0})
@@ -185,8 +210,8 @@ class StagedDecoder:
         assert part is not None
         last = len(part.steps) - 1
         steps = {stage: part.steps[min(place, last)] for place, stage in enumerate(stages)}
-        options = tokens.reduction.parsed_options()
-        return Image(start, start + len(tokens), options, steps, tokens.places, tokens.lot)
+        end = start + len(tokens)
+        return Image(start, end, tokens.reduction, steps, tokens.places, tokens.lot)
 
     def __call__(
         self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
@@ -232,76 +257,106 @@ class StagedDecoder:
         device, layer = batch.hidden.device, self.stages[number].layers[0]
         before = torch.arange(len(batch.hidden)) if batch.rows is None else batch.rows
         # Where each row that runs on is among those that came; of an image, where its tokens are.
-        source = torch.searchsorted(before, rows.index)
+        at = torch.searchsorted(before, rows.index).to(device, non_blocking=True)
         edges = torch.tensor([(i.start, i.end) for i in images], dtype=torch.long).view(-1, 2)
         had_by_image = torch.searchsorted(before, edges).tolist()
         has_by_image = torch.searchsorted(rows.index, edges).tolist()
-        merged: list[tuple[slice, Tensor]] = []
-        picked: list[tuple[slice, Tensor]] = []
+        alike: dict[Kind, list[Leaving]] = {}
         for image, came, run_on in zip(images, had_by_image, has_by_image, strict=True):
-            had, has = slice(*came), slice(*run_on)
-            keep = has.stop - has.start
-            if keep in (0, had.stop - had.start):
+            had, has = range(*came), range(*run_on)
+            if len(has) in (0, len(had)):
                 continue  # nothing to choose
-            stream = (batch.hidden[had] + batch.residual[had])[None]
-            tokens = Tokens(stream, image.places[None], stream.new_ones(1, stream.shape[1]))
-            evidence = self._evidence(layer, batch, before, rows, image, had)
-            steps = image.steps[number]
-            tokens = reduce(steps, tokens, evidence, keep, image.options)
-            left = torch.searchsorted(image.places, tokens.position[0])
-            image.places = tokens.position[0]
-            picked.append((has, left + had.start))
+            text = self._text_behind(image, before, rows, had.stop)
+            kind = (image.reduction, len(had), len(has), len(text))
+            alike.setdefault(kind, []).append(Leaving(image, had, has, text))
+        merged: list[tuple[Tensor, Tensor]] = []
+        for (reduction, _, keep, _), group in self._batches(alike):
+            had_rows = rows_of([some.had for some in group], device)
+            has_rows = rows_of([some.has for some in group], device)
+            stream = batch.hidden[had_rows] + batch.residual[had_rows]
+            places = torch.stack([some.image.places for some in group])
+            tokens = Tokens(stream, places, stream.new_ones(places.shape))
+            steps = group[0].image.steps[number]
+            tokens = reduce(
+                steps,
+                tokens,
+                self._evidence(layer, batch, group, had_rows),
+                keep,
+                reduction.parsed_options(),
+            )
+            for some, left in zip(group, tokens.position, strict=True):
+                some.image.places = left
+            at[has_rows] = had_rows.gather(1, torch.searchsorted(places, tokens.position))
             if steps.compress is not None:
-                merged.append((has, tokens.hidden[0]))
-        at = source.to(device, non_blocking=True)
-        for where, which in picked:
-            at[where] = which
+                merged.append((has_rows, tokens.hidden))
         hidden, residual = batch.hidden[at], batch.residual[at]
         for where, stream in merged:
             hidden[where], residual[where] = 0, stream
         return hidden, residual, batch.positions[..., at]
 
-    def _evidence(
-        self,
-        layer: nn.Module,
-        batch: Batch,
-        before: Tensor,
-        rows: Rows,
-        image: Image,
-        had: slice,
-    ) -> DecoderEvidence:
-        attention = layer.self_attn
+    def _batches(self, alike: dict[Kind, list[Leaving]]) -> Iterator[tuple[Kind, list[Leaving]]]:
+        """Images that can be reduced together, no more at once than memory allows."""
+        heads = self.model.layers[0].self_attn.num_heads
+        for kind, group in alike.items():
+            at_once = max(1, EVIDENCE_BYTES // (4 * heads * kind[1] ** 2))
+            for first in range(0, len(group), at_once):
+                yield kind, group[first : first + at_once]
+
+    def _text_behind(self, image: Image, before: Tensor, rows: Rows, end: int) -> Tensor:
+        """(M,) on the host: which of the rows that come are the text behind an image.
+
+        Args:
+            image: of which request.
+            before: which rows of the whole batch those that come are.
+            rows: knows where requests end.
+            end: of the image, among the rows that come.
+        """
         request_end = rows.requests[bisect_right(rows.requests, image.start)]
         assert self.visual is not None
-        behind = before[had.stop :]
+        behind = before[end:]
         behind = behind[: int(torch.searchsorted(behind, request_end))]
-        text = (~self.visual[behind]).nonzero()[:, 0] + had.stop
-        if not len(text):
-            text = torch.tensor([had.stop - 1])  # nothing is asked: the image's last token speaks
-        speaks = text.to(batch.hidden.device, non_blocking=True)
+        text = (~self.visual[behind]).nonzero()[:, 0] + end
+        # Nothing is asked: the image's last token speaks.
+        return text if len(text) else torch.tensor([end - 1])
 
-        def look(index: Any) -> tuple[Tensor, Tensor, Tensor]:
-            """Queries, keys and values of rows: (1, heads, rows, d) each."""
-            stream = batch.hidden[index] + batch.residual[index]
+    def _evidence(
+        self, layer: nn.Module, batch: Batch, group: Sequence[Leaving], had_rows: Tensor
+    ) -> DecoderEvidence:
+        """What is to be seen at a layer of B images with equally many tokens and text behind them.
+
+        Args:
+            layer: the stage's first.
+            batch: what comes to it.
+            group: the images.
+            had_rows: (B, n) where their tokens are in the batch.
+        """
+        attention = layer.self_attn
+        text = torch.stack([some.text for some in group])
+        text_rows = text.to(batch.hidden.device, non_blocking=True)
+
+        def look(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Queries, keys and values of rows (B, m): (B, heads, m, d) each."""
+            flat = index.flatten()
+            stream = batch.hidden[flat] + batch.residual[flat]
             qkv, _ = attention.qkv_proj(layer.input_layernorm(stream))
             sizes = [attention.q_size, attention.kv_size, attention.kv_size]
             query, key, value = qkv.split(sizes, dim=-1)
             query, key = attention.rotary_emb(
-                batch.positions[..., index], query.contiguous(), key.contiguous()
+                batch.positions[..., flat], query.contiguous(), key.contiguous()
             )
             query, key, value = (
-                x.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)[None]
+                x.unflatten(-1, (-1, attention.head_dim)).unflatten(0, index.shape).transpose(1, 2)
                 for x in (query, key, value)
             )
             return query, key, value
 
         split = attention.total_num_heads > attention.num_heads
         return DecoderEvidence(
-            look_at_image=lambda: look(had),
-            look_at_text=lambda: look(speaks),
-            lot=image.lot,
+            look_at_image=lambda: look(had_rows),
+            look_at_text=lambda: look(text_rows),
+            lot=torch.cat([some.image.lot for some in group]),
             grid=self.geometry.grid,
-            text_hidden=(batch.hidden[speaks] + batch.residual[speaks])[None],
+            text_hidden=batch.hidden[text_rows] + batch.residual[text_rows],
             scale=attention.scaling,
             heads=attention.total_num_heads,
             **({"sum_over_ranks": self.sum_over_ranks} if split else {}),
