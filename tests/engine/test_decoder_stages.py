@@ -21,9 +21,11 @@ from tests.checkpoints import random_llava
 from tests.engine.conftest import BLOCK, NEW_TOKENS, Ask, Engine, make_engine, picture
 from tests.reference.decoder import CHOOSE, Answer, Choose, answer
 from tests.reference.llava import ReferenceLlava
+from vllm_ficoco.engine import decoder
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.engine.decoder import StagedDecoder
 from vllm_ficoco.engine.gaps import Run, held_of
+from vllm_ficoco.methods.paradigm import Tokens, reduce
 
 pytestmark = pytest.mark.engine
 
@@ -163,6 +165,24 @@ def test_a_mixed_batch_says_what_the_reference_does(
     monkeypatch.setattr(StagedDecoder, "_reduce", watched)
     due = check(staged, reference, asks_of_every_kind())
     assert sorted(kept) == sorted(due) and len(due) > 60
+
+
+def test_alike_images_are_reduced_together_as_if_alone(
+    staged: Engine, reference: ReferenceLlava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three images alike of every method: two at once and the third, as memory allows."""
+    monkeypatch.setattr(decoder, "EVIDENCE_BYTES", 2 * 4 * 4 * 144**2)  # float32, four heads
+    at_once: list[int] = []
+
+    def watched(steps: Any, tokens: Tokens, *args: Any) -> Tokens:
+        at_once.append(len(tokens.hidden))
+        return reduce(steps, tokens, *args)
+
+    monkeypatch.setattr(decoder, "reduce", watched)
+    methods = [m for m in CHOOSE if m not in VISION]
+    asks = [Ask([20 + i], [wish(m, 80, 48, 16)]) for m in methods for i in range(3)]
+    check(staged, reference, [Ask(a.images, a.settings, sampling=FIRST_LOGITS) for a in asks])
+    assert {1, 2} <= {*at_once}
 
 
 def check(engine: Engine, reference: ReferenceLlava, asks: Sequence[Ask]) -> Kept:
