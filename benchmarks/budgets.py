@@ -350,7 +350,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with tqdm(total=total, unit="batch") as bar:
         for number in range(args.rounds + 1):
             here: dict[str, dict[str, Answer]] = {}
-            first = number * len(asked) // max(args.rounds, 1)
+            first = number * len(asked) // max(args.rounds, 1)  # another one in every round
             turned = asked[first:] + asked[:first] if number else warm_up
             for batch in args.batch:
                 answers = here[str(batch)] = {}
