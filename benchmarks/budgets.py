@@ -270,11 +270,11 @@ def tower_flops(geometry: Geometry, tower: Decoder, reduction: Reduction | None)
 
 def decode_bytes(rows: Sequence[int], decoder: Decoder, batch: int) -> int:
     """What a decode step reads: the decoder's weights, and the cache of every request."""
-    d, q = decoder.hidden_size, decoder.heads * decoder.head_size
-    projections = 2 * d * (q + decoder.kv_heads * decoder.head_size)
-    mlp = decoder.mlp_matrices * d * decoder.intermediate_size
-    weights = decoder.layers * (projections + mlp) * decoder.kv_bytes_per_element
-    return weights + batch * sum(rows) * decoder.kv_bytes_per_token // decoder.layers
+    weights = decoder.layers * (decoder.projection_weights + decoder.mlp_weights)
+    return (
+        weights * decoder.kv_bytes_per_element
+        + batch * sum(rows) * decoder.kv_bytes_per_token // decoder.layers
+    )
 
 
 # --- Taking turns -------------------------------------------------------------------------------

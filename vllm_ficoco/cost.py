@@ -32,6 +32,16 @@ class Decoder(NamedTuple):
     """3 for LLaMA's gated MLP, 2 for a vision tower's."""
 
     @property
+    def projection_weights(self) -> int:
+        """Weights of a layer's query, key, value and output projections."""
+        return 2 * self.hidden_size * (self.heads + self.kv_heads) * self.head_size
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights of a layer's MLP."""
+        return self.mlp_matrices * self.hidden_size * self.intermediate_size
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token holds, all layers together."""
         return 2 * self.layers * self.kv_heads * self.head_size * self.kv_bytes_per_element
@@ -39,14 +49,13 @@ class Decoder(NamedTuple):
 
 def attention_flops(tokens: int, decoder: Decoder) -> int:
     """FLOPs of a layer's attention over so many tokens, projections included."""
-    d, q = decoder.hidden_size, decoder.heads * decoder.head_size
-    projections = 2 * d * (q + decoder.kv_heads * decoder.head_size)
-    return 2 * (tokens * projections + 2 * tokens**2 * q)
+    width = decoder.heads * decoder.head_size
+    return 2 * (tokens * decoder.projection_weights + 2 * tokens**2 * width)
 
 
 def mlp_flops(tokens: int, decoder: Decoder) -> int:
     """FLOPs of a layer's MLP over so many tokens."""
-    return 2 * tokens * decoder.mlp_matrices * decoder.hidden_size * decoder.intermediate_size
+    return 2 * tokens * decoder.mlp_weights
 
 
 def layer_flops(tokens: int, decoder: Decoder) -> int:

@@ -103,10 +103,8 @@ def local_penalty(
     place = places[position]
     laid = score.new_full((len(score), count * window**2), float("-inf"))
     laid = laid.scatter(1, place, score).unflatten(1, (count, window**2))
-    first_highest = laid.argmax(-1).gather(
-        1, place // window**2
-    )  # in a tie the first in raster order
-    leads = first_highest == place % window**2
+    highest_of = laid.argmax(-1)  # in a tie the first in raster order
+    leads = highest_of.gather(1, place // window**2) == place % window**2
     scaled = torch.where(score > 0, score * coefficient, score / coefficient)
     return torch.where(leads, scaled, score)
 

@@ -175,6 +175,10 @@ class Evidence:
         """(B, n, d): the same with length 1, so that products are cosines; or 0."""
         return torch.nn.functional.normalize(self.mean_keys, dim=-1)
 
+    def cosine_of_keys(self, source: Tensor, target: Tensor) -> Tensor:
+        """(B, S, T): how much the keys of ``source`` (B, S) and ``target`` (B, T) are alike."""
+        return take(self.unit_keys, source) @ take(self.unit_keys, target).transpose(-1, -2)
+
 
 # --- The contract of a method -------------------------------------------------------------------
 

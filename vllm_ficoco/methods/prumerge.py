@@ -3,7 +3,7 @@
 
 Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
 arXiv 2403.15388. Tokens with most [CLS] attention stay; each takes the k discarded tokens whose
-keys are most like its own (keys averaged over heads) and becomes their average weighted by
+keys are most like its own (cosine, keys averaged over heads) and becomes their average weighted by
 [CLS] attention, its own included. A discarded token may go to several, or to none.
 
 Deviations: the count is the budget, where the paper's outlier rule makes it depend on the image,
@@ -45,8 +45,7 @@ def filter(_: Tokens, evidence: Evidence, leave: int, __: PruMergeOptions) -> Te
 def correlate(
     _: Tokens, evidence: Evidence, source: Tensor, target: Tensor, __: PruMergeOptions
 ) -> Tensor:
-    keys = evidence.unit_keys
-    return take(keys, source) @ take(keys, target).transpose(-1, -2)
+    return evidence.cosine_of_keys(source, target)
 
 
 def compress(

@@ -3,7 +3,7 @@
 
 Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461. At every layer, between
 attention and MLP, the tokens are dealt alternately into A and B; each of A is linked to the token
-of B whose key is most alike (keys averaged over heads); the r strongest links merge, as an
+of B whose key is most alike (cosine, keys averaged over heads); the r strongest links merge, as an
 average weighted by how many patches a token stands for. Later layers attend with log(size) added
 to the scores ("proportional attention").
 
@@ -46,8 +46,7 @@ def filter(_: Tokens, evidence: Evidence, leave: int, __: Options) -> Tensor:
 
 def correlate(_: Tokens, evidence: Evidence, source: Tensor, target: Tensor, __: Options) -> Tensor:
     """Cosine of keys; those of A that stay cannot receive."""
-    keys = evidence.unit_keys
-    similarity = take(keys, source) @ take(keys, target).transpose(-1, -2)
+    similarity = evidence.cosine_of_keys(source, target)
     return similarity.masked_fill((target % 2 == 0)[:, None], float("-inf"))
 
 

@@ -4,7 +4,7 @@
 Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models",
 arXiv 2412.04467. Dominant tokens have most [CLS] attention. Of the rest, contextual tokens are
 taken at an even stride; every other token joins the contextual one whose key is most alike
-(keys averaged over heads), and a contextual token becomes the mean of its group.
+(cosine, keys averaged over heads), and a contextual token becomes the mean of its group.
 
 The published splits for LLaVA-1.5 are 162 + 30, 108 + 20 and 54 + 10: 5 of 32 are contextual.
 
@@ -66,8 +66,7 @@ def correlate(
     """Cosine of keys; dominant tokens cannot receive."""
     dominant, _ = stay(tokens, evidence, target.shape[1], options)
     receives = torch.ones_like(tokens.position, dtype=torch.bool).scatter(1, dominant, False)
-    keys = evidence.unit_keys
-    similarity = take(keys, source) @ take(keys, target).transpose(-1, -2)
+    similarity = evidence.cosine_of_keys(source, target)
     return similarity.masked_fill(~take(receives, target)[:, None], float("-inf"))
 
 
