@@ -25,6 +25,7 @@ from vllm_ficoco.engine import decoder
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.engine.decoder import StagedDecoder
 from vllm_ficoco.engine.gaps import Run, held_of
+from vllm_ficoco.methods import METHODS
 from vllm_ficoco.methods.paradigm import Tokens, reduce
 
 pytestmark = pytest.mark.engine
@@ -170,7 +171,10 @@ def test_a_mixed_batch_says_what_the_reference_does(
 def test_alike_images_are_reduced_together_as_if_alone(
     staged: Engine, reference: ReferenceLlava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three images alike of every method: two at once and the third, as memory allows."""
+    """Three images alike of every method: two at once and the third, as memory allows.
+
+    Questions of different lengths keep them apart only where the method looks at the question.
+    """
     monkeypatch.setattr(decoder, "EVIDENCE_BYTES", 2 * 4 * 4 * 144**2)  # float32, four heads
     at_once: list[int] = []
 
@@ -180,9 +184,20 @@ def test_alike_images_are_reduced_together_as_if_alone(
 
     monkeypatch.setattr(decoder, "reduce", watched)
     methods = [m for m in CHOOSE if m not in VISION]
-    asks = [Ask([20 + i], [wish(m, 80, 48, 16)]) for m in methods for i in range(3)]
-    check(staged, reference, [Ask(a.images, a.settings, sampling=FIRST_LOGITS) for a in asks])
-    assert {1, 2} <= {*at_once}
+    for method in methods:
+        part = METHODS[method].decoder
+        assert part is not None
+        words = ["what shape is the red object ?"] * 3
+        if not part.looks_at_question:
+            words = [" ".join(words[:count]) for count in (1, 2, 3)]
+        asks = [
+            Ask([20 + i], [wish(method, 80, 48, 16)], question, FIRST_LOGITS)
+            for i, question in enumerate(words)
+        ]
+        at_once.clear()
+        check(staged, reference, asks)
+        assert at_once[:2] == [2, 1], method
+        assert {*at_once[2:]} <= {3}, f"{method}: fewer tokens, for which there is room"
 
 
 def check(engine: Engine, reference: ReferenceLlava, asks: Sequence[Ask]) -> Kept:
@@ -288,35 +303,66 @@ def test_reduced_prefixes_are_found_by_equal_requests_alone(staged: Engine) -> N
     assert cached(staged, ask(looks, question + " is there a star ?")) == 0
 
 
+LONG = "what color is the circle ? " * 5 + "what digit is written ?"
+
+
+class TwoTurns(Ask):
+    """A question to one image, then another to a second one."""
+
+    @property
+    def prompt(self) -> str:
+        return f"USER: <image> {LONG} ASSISTANT: USER: <image> {self.question} ASSISTANT:"
+
+
 def test_what_is_reused_says_the_same(staged: Engine, reference: ReferenceLlava) -> None:
-    """Text around two images, so that a second turn finds the first one's blocks."""
-    question = "what color is the circle ? " * 5 + "what digit is written ?"
-    for method in ("k-norm", "ficoco-l"):
+    for method, looks in (("k-norm", False), ("ficoco-l", True)):
         settings = wish(method, 80, 48, 0)
-        first, second = Ask([31], [settings], question), Ask([31], [settings], question + " star ?")
-        for ask in (first, first, second):
+        again = Ask([31], [settings], LONG)
+        asks = [
+            (again, False),
+            (again, True),
+            (Ask([31], [settings], f"{LONG} star ?"), not looks),
+            (TwoTurns([31, 32], [settings, settings]), not looks),
+        ]
+        for ask, reused in asks:
             (output,) = staged.generate([ask])
+            assert (output.num_cached_tokens > 0) == reused, ask
             assert list(output.outputs[0].token_ids) == expected(reference, ask).tokens
 
 
-def test_n_samples_share_the_reduced_prompt(staged: Engine) -> None:
-    settings = [wish("ficoco-l", 70, 40, 20)]
-    several, one = staged.generate(
-        [
-            Ask([6], settings, sampling={"n": 3, "temperature": 0.8, "seed": 5}),
-            Ask([6], settings),
-        ]
-    )
-    assert len({tuple(output.token_ids) for output in several.outputs}) > 1
-    (alone,) = staged.generate([Ask([6], settings, sampling={"n": 1, "temperature": 0})])
-    assert alone.outputs[0].token_ids == one.outputs[0].token_ids
+def test_a_later_image_is_part_of_what_an_earlier_one_keeps(
+    staged: Engine, reference: ReferenceLlava
+) -> None:
+    """The question has seen both images, and chooses by it what stays of the first."""
+    settings = [wish("ficoco-l", 80, 48, 16)] * 2
+    first, second = (Ask([33, other], settings, LONG, FIRST_LOGITS) for other in (34, 35))
+    for ask in (first, second, second):
+        check(staged, reference, [ask])
+    assert cached(staged, second) > 0, "the last check was of what is reused"
 
 
-def test_prompt_logprobs_end_in_an_error_not_in_nonsense(staged: Engine) -> None:
+def test_samples_of_a_reduced_prompt_are_those_of_single_requests(staged: Engine) -> None:
+    """vLLM counts the seed up from sample to sample."""
+
+    def ask(**sampling: Any) -> Ask:
+        return Ask([6], [wish("ficoco-l", 70, 40, 20)], sampling={"temperature": 0.8, **sampling})
+
+    (several,) = staged.generate([ask(n=3, seed=5)])
+    alone = staged.generate([ask(seed=seed) for seed in (5, 6, 7)])
+    made = [list(output.token_ids) for output in several.outputs]
+    assert made == [list(output.outputs[0].token_ids) for output in alone]
+    assert made[0] != made[1]
+
+
+@pytest.mark.parametrize("tokens", [1, NEW_TOKENS])
+def test_prompt_logprobs_end_in_an_error_not_in_nonsense(staged: Engine, tokens: int) -> None:
+    """Also where the first step is the last one."""
     free = staged.free_blocks
-    ask = Ask([6], [wish("fastv", 48)], sampling={"prompt_logprobs": 1})
+    sampling = {"prompt_logprobs": 1, "max_tokens": tokens}
+    ask = Ask([6], [wish("fastv", 48)], sampling=sampling)
     (output,) = staged.generate([ask])
     assert output.outputs[0].finish_reason == "error"
+    assert not output.outputs[0].token_ids
     assert staged.free_blocks == free and not staged.scheduler.plans
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -17,7 +16,8 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import SchedulerInterface
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_ficoco import schedule
 from vllm_ficoco.engine.gaps import Plan, Run
@@ -47,6 +47,7 @@ class _Planning:
         if made != due:
             raise ValueError(f"KV cache groups by stage: {dict(made)}, but {due} were due")
         self.plans: dict[str, Plan] = {}
+        self.refused: set[str] = set()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, but a worker gets all images of a new request.
@@ -68,11 +69,33 @@ class _Planning:
                 if plan.gaps[manager.stage]:
                     manager.plans[request.request_id] = plan
         super().add_request(request)  # type: ignore[misc]
-        if plan is not None and request.sampling_params.prompt_logprobs is not None:
-            # There are none for rows that leave. Our front end has refused such a request; for one
-            # that comes another way, this is how vLLM's scheduler ends a request with an error.
-            logger.error("%s: no prompt_logprobs with decoder stages", request.request_id)
-            self.encoder_cache_mismatch_reqs.add(request.request_id)  # type: ignore[attr-defined]
+        if plan is not None:
+            # Rows that leave have no logprobs, and a plan is of a whole prompt. Our front end has
+            # refused the first; a request that comes another way ends in an error.
+            wrong = {
+                "prompt_logprobs": request.sampling_params.prompt_logprobs is not None,
+                "prompts that come in pieces": request.resumable,
+            }
+            for what in (name for name, present in wrong.items() if present):
+                logger.error("%s: no %s with decoder stages", request.request_id, what)
+                self.refused.add(request.request_id)
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
+        """As vLLM's, but refused requests end here, before what they computed is put out."""
+        ended = self.finish_requests(self.refused, RequestStatus.FINISHED_ERROR)  # type: ignore[attr-defined]
+        self.refused.clear()
+        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        for request in ended:
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    events=request.take_events(),
+                    trace_headers=request.trace_headers,
+                )
+            )
+        return outputs
 
     def _plan(self, request: Request) -> Plan | None:
         """The plan of a request; None where the decoder reduces nothing of it.
@@ -98,7 +121,7 @@ class _Planning:
             request.num_prompt_tokens,
             any(part.looks_at_question for part in parts),
         )
-        salt = _salt(request.prompt_token_ids, plan)
+        salt = _salt(request, plan)
         if salt:
             request.cache_salt = f"{request.cache_salt or ''}|{salt}"
             request.block_hashes.clear()
@@ -137,14 +160,18 @@ def _clipped(plan: Plan, start: int, count: int) -> int:
     return plan.last_stop(start, start + count) - start
 
 
-def _salt(prompt: Sequence[int], plan: Plan) -> str:
+def _salt(request: Request, plan: Plan) -> str:
     """What the KV of a reduced prompt depends on beside the tokens and images up to there.
 
-    An image's hash, which is in the hashes of its blocks, already depends on its settings.
+    A block's hash has in it the images up to its end, and an image's has its settings. Where the
+    text behind an image chooses its tokens, that text has seen all images before it: those that
+    come after the block are needed, too.
     """
     parts = []
     if plan.looks_at_question:
-        parts.append(hashlib.sha256(repr(list(prompt)).encode()).hexdigest())
+        images = [feature.identifier for feature in request.mm_features]
+        whole = repr((list(request.prompt_token_ids), images))
+        parts.append(hashlib.sha256(whole.encode()).hexdigest())
     if plan.runs[-1].end == plan.prompt:  # its gap may be a block shorter, see gap_of
         parts.append("image at the end")
     return "|".join(parts)
