@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from vllm.config import CompilationMode, CUDAGraphMode, KVEventsConfig
 
 from vllm_ficoco.engine.checks import SCHEDULER, StagesError, check, check_backend
 from vllm_ficoco.tiny_llava import CHECKPOINT
@@ -21,6 +22,7 @@ def config() -> Any:
     return EngineArgs(
         model=str(CHECKPOINT),
         max_model_len=512,
+        block_size=32,
         enforce_eager=True,
         scheduler_cls=SCHEDULER,
         hf_overrides={"reduction_stages": [2, 4]},
@@ -50,13 +52,23 @@ def test_vllm_as_the_command_starts_it_is_fine(config: Any) -> None:
         (put("scheduler_config.scheduler_cls", None), "--scheduler-cls"),
         (put("scheduler_config.disable_hybrid_kv_cache_manager", True), "hybrid KV cache"),
         (put("scheduler_config.max_num_batched_tokens", 511), "--max-num-batched-tokens 512"),
+        (put("cache_config.block_size", 128), "--block-size 72 or less"),
+        (put("scheduler_config.max_num_scheduled_tokens", 511), "--max-num-scheduled-tokens 512"),
+        (put("scheduler_config.long_prefill_token_threshold", 100), "threshold for long prefills"),
         (put("parallel_config.pipeline_parallel_size", 2), "pipeline parallelism"),
         (put("parallel_config.decode_context_parallel_size", 2), "context parallelism"),
+        (put("parallel_config.prefill_context_parallel_size", 2), "context parallelism"),
         (put("parallel_config.enable_dbo", True), "DBO"),
         (put("lora_config", object()), "LoRA"),
         (put("speculative_config", object()), "speculative decoding"),
         (put("kv_transfer_config", object()), "KV connectors"),
+        (put("kv_events_config", KVEventsConfig(enable_kv_cache_events=True)), "KV events"),
         (put("ec_transfer_config", object()), "encoder connectors"),
+        (
+            put("compilation_config.mode", CompilationMode.STOCK_TORCH_COMPILE),
+            "torch.compile of the whole model",
+        ),
+        (put("model_config.hf_text_config.sliding_window", 128), "sliding window"),
         (put("cache_config.cache_dtype", "fp8"), "quantised KV cache"),
         (put("model_config.runner_type", "pooling"), "pooling"),
         (put("model_config.hf_text_config.model_type", "gemma"), "llama, mistral, qwen2"),
@@ -74,8 +86,6 @@ def test_refused(config: Any, change: Callable[[Any], None], says: str) -> None:
 
 
 def test_cuda_graphs_are_refused(config: Any) -> None:
-    from vllm.config import CUDAGraphMode
-
     changed = copy.deepcopy(config)
     put("compilation_config.cudagraph_mode", CUDAGraphMode.PIECEWISE)(changed)
     with pytest.raises(StagesError, match="CUDA graphs"):

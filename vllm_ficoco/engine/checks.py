@@ -8,6 +8,8 @@ from typing import Any
 
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 
+from vllm_ficoco.vision.geometry import geometry_of
+
 SCHEDULER = "vllm_ficoco.engine.scheduler.make_scheduler"
 """For ``--scheduler-cls``."""
 
@@ -51,12 +53,23 @@ def _problems(config: VllmConfig) -> Iterator[str]:
         yield f"need --scheduler-cls {SCHEDULER}, which plans what a stage does not hold"
     if scheduler.disable_hybrid_kv_cache_manager:
         yield "need the hybrid KV cache manager: stages are groups of layers with their own blocks"
-    if scheduler.max_num_batched_tokens < model.max_model_len:
+    for flag, tokens in (
+        ("--max-num-batched-tokens", scheduler.max_num_batched_tokens),
+        ("--max-num-scheduled-tokens", scheduler.max_num_scheduled_tokens),
+    ):
+        if tokens is not None and tokens < model.max_model_len:
+            yield (
+                f"need {flag} {model.max_model_len} or more (max_model_len), not {tokens}: "
+                "an image and the question behind it run as one"
+            )
+    tokens, block = geometry_of(model.hf_config).tokens, config.cache_config.block_size
+    if tokens < 2 * block - 1:
         yield (
-            f"need --max-num-batched-tokens {model.max_model_len} or more (max_model_len), not "
-            f"{scheduler.max_num_batched_tokens}: an image and the question behind it run as one"
+            f"need --block-size {(tokens + 1) // 2} or less, not {block}: they leave out whole KV "
+            f"blocks, and the {tokens} tokens of an image need not hold one"
         )
     refused: dict[str, Any] = {
+        "a threshold for long prefills": scheduler.long_prefill_token_threshold > 0,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
