@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tests.reference.decoder import CHOOSE, Look
 from tests.waiting import NoWaiting
-from vllm_ficoco.methods import METHODS
+from vllm_ficoco.methods import METHODS, decoding
 from vllm_ficoco.methods.decoding import DecoderEvidence
 from vllm_ficoco.methods.k_norm import K_NORM
-from vllm_ficoco.methods.paradigm import Tokens, reduce
+from vllm_ficoco.methods.paradigm import AttentionKind, Tokens, reduce
 from vllm_ficoco.methods.random import lot_of
 
 SIDE, HEADS, GROUPS, SIZE, WIDTH = 6, 4, 2, 8, 16
@@ -64,7 +64,7 @@ class Seen:
         return DecoderEvidence(
             look_at_image=lambda: look(slice(0, self.tokens)),
             look_at_text=lambda: look(slice(self.tokens, None)),
-            text_hidden=self.hidden[image, self.tokens :],
+            read_text=lambda: self.hidden[image, self.tokens :],
             lot=lot_of(self.pixels[image]),
             grid=(SIDE, SIDE),
             scale=SIZE**-0.5,
@@ -78,6 +78,28 @@ class Seen:
             query, key, value, self.hidden[image],
             rows[: self.tokens], rows[self.tokens :], self.place[image].tolist(),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["probabilities", "logits"])
+def test_heads_that_take_turns_have_the_same_mean(
+    monkeypatch: pytest.MonkeyPatch, kind: AttentionKind
+) -> None:
+    """As they do where a prompt is so long that all at once would take too much memory."""
+
+    def seen() -> list[Tensor]:
+        evidence = Seen(2, 30, 5).evidence(slice(None))
+        return [
+            evidence.attention_from_text(kind),
+            evidence.attention_from_last(),
+            evidence.attention_to_text(kind),
+            evidence.attention_among(kind, True),
+            evidence.attention_among(kind, False),
+        ]
+
+    at_once = seen()
+    monkeypatch.setattr(decoding, "EVIDENCE_BYTES", 1)
+    for one, other in zip(at_once, seen(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def reduced(seen: Seen, name: str, options: dict[str, Any], keep: int, image: slice) -> Tokens:

@@ -53,8 +53,7 @@ def without_gaps(
         block_size: of the ids in the block table.
         null_ids: ids below belong to the null block; more than one where a kernel's blocks are
             smaller than the allocator's.
-        table: (requests, width) buffer for the new table; its address never changes, as a CUDA
-            graph needs it.
+        table: (requests, width) buffer for the new table, used again in every step.
         lengths: (requests,) buffer for the new lengths.
 
     Returns:

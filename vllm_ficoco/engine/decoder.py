@@ -21,15 +21,11 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 
 from vllm_ficoco.engine.attention import Rows, enter_stage
-from vllm_ficoco.methods.decoding import DecoderEvidence
+from vllm_ficoco.methods.decoding import EVIDENCE_BYTES, DecoderEvidence
 from vllm_ficoco.methods.paradigm import Steps, Tokens, reduce
 from vllm_ficoco.methods.random import lot_of
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.geometry import Geometry
-
-EVIDENCE_BYTES = 256 * 2**20
-"""What attention among the tokens of the images that are reduced together may take, in float32: it
-comes on top of what vLLM has reserved."""
 
 
 class VisualTokens(torch.Tensor):
@@ -100,8 +96,11 @@ class Leaving(NamedTuple):
     has: range
     """Its tokens among the rows that run on."""
     text: Tensor
-    """(M,) on the host: the text behind it, among the rows that come."""
+    """(M,) on the host: the text behind it, among the rows that come; none where its method does
+    not look at it."""
 
+
+NO_TEXT = torch.empty(0, dtype=torch.long)
 
 Kind = tuple[Reduction, int, int, int]
 """Settings of an image, tokens that it has and keeps, text tokens: one batch for all alike."""
@@ -193,7 +192,7 @@ class StagedDecoder:
         self.images, self.visual = [], None
         if is_visual is None or not any(isinstance(e, VisualTokens) for e in embeddings):
             return embeddings
-        self.visual = is_visual.cpu()  # the host waits, but only in a step that reduces
+        self.visual = is_visual.cpu()  # where vLLM has it; the host does not wait
         rows = self.visual.nonzero()[:, 0].tolist()
         first, plain = 0, []
         for tokens in embeddings:
@@ -266,7 +265,9 @@ class StagedDecoder:
             had, has = range(*came), range(*run_on)
             if len(has) in (0, len(had)):
                 continue  # nothing to choose
-            text = self._text_behind(image, before, rows, had.stop)
+            part = image.reduction.spec.decoder
+            looks = part is not None and part.looks_at_question
+            text = self._text_behind(image, before, rows, had.stop) if looks else NO_TEXT
             kind = (image.reduction, len(had), len(has), len(text))
             alike.setdefault(kind, []).append(Leaving(image, had, has, text))
         merged: list[tuple[Tensor, Tensor]] = []
@@ -275,7 +276,7 @@ class StagedDecoder:
             has_rows = rows_of([some.has for some in group], device)
             stream = batch.hidden[had_rows] + batch.residual[had_rows]
             places = torch.stack([some.image.places for some in group])
-            tokens = Tokens(stream, places, stream.new_ones(places.shape))
+            tokens = Tokens(stream, places, stream.new_ones(places.shape, dtype=torch.float32))
             steps = group[0].image.steps[number]
             tokens = reduce(
                 steps,
@@ -298,7 +299,8 @@ class StagedDecoder:
         """Images that can be reduced together, no more at once than memory allows."""
         heads = self.model.layers[0].self_attn.num_heads
         for kind, group in alike.items():
-            at_once = max(1, EVIDENCE_BYTES // (4 * heads * kind[1] ** 2))
+            _, had, _, text = kind
+            at_once = max(1, EVIDENCE_BYTES // (4 * heads * had * max(had, text)))
             for first in range(0, len(group), at_once):
                 yield kind, group[first : first + at_once]
 
@@ -356,7 +358,7 @@ class StagedDecoder:
             look_at_text=lambda: look(text_rows),
             lot=torch.cat([some.image.lot for some in group]),
             grid=self.geometry.grid,
-            text_hidden=batch.hidden[text_rows] + batch.residual[text_rows],
+            read_text=lambda: batch.hidden[text_rows] + batch.residual[text_rows],
             scale=attention.scaling,
             heads=attention.total_num_heads,
             **({"sum_over_ranks": self.sum_over_ranks} if split else {}),

@@ -10,7 +10,7 @@ image's positions, and the whole blocks in between are the gap: never allocated,
     text  | k k k k k k k k|- - - - - - - - - - - |k k k| text
           |        an image of which k is kept           |
 
-Only whole blocks can be left out, so up to ``2 * block_size - 2`` more tokens are kept than were
+Only whole blocks can be left out, so up to ``2 * block_size - 1`` more tokens are kept than were
 asked for of each image. They are real tokens, used, reported and counted.
 """
 
@@ -41,8 +41,9 @@ def gap_of(run: Run, keep: int, block_size: int, prompt: int) -> Gap | None:
     """The gap of one image in one stage; None where no whole block can be left out.
 
     Two blocks are never in a gap: the request's first, since vLLM takes a row of the block table
-    that starts with the null block for padding; and that of the prompt's last token, whose
-    output makes the first logits.
+    that starts with the null block for padding; and that of the prompt's last token, whose row
+    makes the first logits. Where an image ends the prompt, the last token that it keeps is in
+    that row.
 
     Args:
         run: the image.

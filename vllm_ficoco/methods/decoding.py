@@ -13,30 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, wraps
+from functools import cached_property
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from vllm_ficoco.methods.paradigm import AttentionKind, DecoderPart, Method, Options
+from vllm_ficoco.methods.paradigm import AttentionKind, DecoderPart, Method, Options, once
+
+EVIDENCE_BYTES = 256 * 2**20
+"""What attention in float32 may take at once (a softmax takes as much again): it comes on top of
+what vLLM has reserved. Heads beyond that take turns; so do images (vllm_ficoco.engine.decoder)."""
+
+CHANGES: dict[AttentionKind, Callable[[Tensor], Tensor]] = {
+    "probabilities": lambda products: products.softmax(-1),
+    "logits": lambda products: products,
+}
+"""What becomes of scaled products before their mean is taken."""
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """Query (B, H, n, d), key and value (B, G, n, d)."""
-
-
-def _once(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Remembers what a method of the evidence returned: to choose and to merge ask for the same."""
-
-    @wraps(attention)
-    def remembering(self: DecoderEvidence, *args: Any) -> Tensor:
-        asked = (attention.__name__, *args)
-        if asked not in self._known:
-            self._known[asked] = attention(self, *args)
-        return self._known[asked]
-
-    return remembering
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,8 @@ class DecoderEvidence:
     look_at_image: Callable[[], Heads]
     look_at_text: Callable[[], Heads]
     """Of the text behind the image; of the image's last token where there is none."""
-    text_hidden: Tensor
-    """(B, M, D): that text's hidden states."""
+    read_text: Callable[[], Tensor]
+    """Of that text, the hidden states, (B, M, D)."""
     lot: Tensor
     """(B, 1) int64: a number drawn by the image, for methods that choose by lot."""
     grid: tuple[int, int]
@@ -70,25 +67,42 @@ class DecoderEvidence:
     def _text(self) -> Heads:
         return self.look_at_text()
 
-    def _logits(self, query: Tensor, key: Tensor) -> Tensor:
-        """(B, H, rows, columns) float32: scaled products, key heads shared by query heads."""
-        shared = query.shape[1] // key.shape[1]
-        key = key.float().repeat_interleave(shared, 1)
-        return query.float() * self.scale @ key.transpose(-1, -2)
+    @cached_property
+    def text_hidden(self) -> Tensor:
+        """(B, M, D): hidden states of the text behind the image."""
+        return self.read_text()
 
-    def _mean_over_heads(self, x: Tensor) -> Tensor:
-        return self.sum_over_ranks(x.sum(1)) / self.heads
+    def _mean_over_heads(
+        self, query: Tensor, key: Tensor, change: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """(B, rows, columns) float32: mean over heads of scaled products, each first changed.
 
-    @_once
+        Args:
+            query: (B, H, rows, d).
+            key: (B, G, columns, d); every key head is shared by H / G query heads.
+            change: of products (B, heads, rows, columns), as many heads as memory allows.
+        """
+        rows, columns, shared = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+        # By the size of one image: the order of the sum must not depend on who shares the batch.
+        at_once = max(1, EVIDENCE_BYTES // (4 * rows * columns * shared))
+        total = torch.zeros((), device=query.device)
+        for first in range(0, key.shape[1], at_once):
+            keys = key[:, first : first + at_once].float()
+            queries = query[:, first * shared : (first + at_once) * shared].float() * self.scale
+            queries = queries.unflatten(1, (-1, shared)).flatten(2, 3)
+            products = (queries @ keys.transpose(-1, -2)).unflatten(2, (shared, rows)).flatten(1, 2)
+            total = total + change(products).sum(1)
+        return self.sum_over_ranks(total) / self.heads
+
+    @once
     def attention_from_text(self, kind: AttentionKind = "probabilities") -> Tensor:
         """(B, M, n): A_kj, what text token k draws from the image's token j; mean over heads."""
-        logits = self._logits(self._text[0], self._image[1])
-        return self._mean_over_heads(logits.softmax(-1) if kind == "probabilities" else logits)
+        return self._mean_over_heads(self._text[0], self._image[1], CHANGES[kind])
 
     def attention_from_last(self) -> Tensor:
         """(B, n): what the last token draws from the image's; mean over heads."""
-        logits = self._logits(self._text[0][:, :, -1:], self._image[1])
-        return self._mean_over_heads(logits.softmax(-1))[:, 0]
+        last = self._text[0][:, :, -1:]
+        return self._mean_over_heads(last, self._image[1], CHANGES["probabilities"])[:, 0]
 
     def attention_to_text(self, kind: AttentionKind = "probabilities") -> Tensor:
         """(B, n, M): A_ik, what token i of the image would draw from text token k.
@@ -96,10 +110,9 @@ class DecoderEvidence:
         No such attention takes place, as the text comes later; probabilities are normalised over
         the text.
         """
-        logits = self._logits(self._image[0], self._text[1])
-        return self._mean_over_heads(logits.softmax(-1) if kind == "probabilities" else logits)
+        return self._mean_over_heads(self._image[0], self._text[1], CHANGES[kind])
 
-    @_once
+    @once
     def attention_among(self, kind: AttentionKind = "probabilities", causal: bool = True) -> Tensor:
         """(B, n, n): A_ij, what token i of the image draws from token j; mean over heads.
 
@@ -107,13 +120,15 @@ class DecoderEvidence:
             kind: probabilities are normalised over the image.
             causal: zero where j comes after i, as the decoder attends.
         """
-        logits = self._logits(self._image[0], self._image[1])
+        query, key, _ = self._image
         if not causal:
-            return self._mean_over_heads(logits.softmax(-1) if kind == "probabilities" else logits)
-        later = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1)
-        if kind == "probabilities":
-            return self._mean_over_heads(logits.masked_fill(later, -torch.inf).softmax(-1))
-        return self._mean_over_heads(logits.masked_fill(later, 0.0))
+            return self._mean_over_heads(query, key, CHANGES[kind])
+        n = query.shape[2]
+        later = torch.ones(n, n, dtype=torch.bool, device=query.device).triu(1)
+        masked = 0.0 if kind == "logits" else -torch.inf
+        return self._mean_over_heads(
+            query, key, lambda products: CHANGES[kind](products.masked_fill(later, masked))
+        )
 
     def _norms(self, x: Tensor) -> Tensor:
         return self.sum_over_ranks(x.float().square().sum((1, 3))).sqrt()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from typing import Any, Literal
 
 import torch
@@ -66,6 +66,19 @@ class Tokens:
         return self.hidden.shape[1]
 
 
+def once(look: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Remembers what a method of evidence returned: to choose and to merge ask for the same."""
+
+    @wraps(look)
+    def remembering(self: Any, *args: Any) -> Tensor:
+        asked = (look.__name__, *args)
+        if asked not in self._known:
+            self._known[asked] = look(self, *args)
+        return self._known[asked]
+
+    return remembering
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a filter may look at in one layer of the vision tower.
@@ -89,6 +102,7 @@ class Evidence:
     heads: int = 0
     """Heads over all ranks; 0: the heads given are all there are."""
     sum_over_ranks: Callable[[Tensor], Tensor] = field(default=lambda x: x)
+    _known: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def _flat(self) -> tuple[Tensor, Tensor]:
@@ -120,6 +134,7 @@ class Evidence:
         """Mean over heads of scaled products of flat queries and keys."""
         return self.sum_over_ranks(queries @ keys.transpose(-1, -2)) * (self.scale / self._heads)
 
+    @once
     def attention_of_cls(self, kind: AttentionKind = "probabilities") -> Tensor:
         """(B, n): attention of [CLS] to every patch, mean over heads.
 

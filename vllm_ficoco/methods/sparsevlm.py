@@ -6,7 +6,8 @@ Inference", arXiv 2410.04417. Text tokens that resemble the image more than the 
 raters; at three decoder layers, the visual tokens with the least attention from them leave.
 
 Deviations, as in the authors' version 2: nothing of what leaves is merged, and kept tokens keep
-their positions. Attention as in :mod:`vllm_ficoco.methods.decoding`.
+their positions. A budget leaves an equal share at each layer; ``options.tokens`` has what was
+published, such as [300, 200, 110]. Attention as in :mod:`vllm_ficoco.methods.decoding`.
 """
 
 from __future__ import annotations

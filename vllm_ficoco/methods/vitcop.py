@@ -14,7 +14,8 @@ what the paper's table 8 comes to.
 
 Deviations: the quotas of eq. 5 are rounded down, and what this leaves over goes to the best of
 the rest, so that exactly as many stay as are to. The paper names neither the share of centres
-(``centres``) nor the unit of positions (here a side of the grid is 1).
+(``centres``, here of the tokens that stay; its algorithm 2 takes it of those that come) nor the
+unit of positions (here a side of the grid is 1).
 """
 
 from __future__ import annotations
