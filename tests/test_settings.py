@@ -378,6 +378,13 @@ def test_long_values_are_cut() -> None:
     assert "..." in str(wrong.value)
 
 
+def test_half_a_surrogate_pair_can_be_sent_back() -> None:
+    """JSON may spell one, UTF-8 cannot."""
+    wrong = SettingsError("messages[0].content[0].\ud800.reduction", "\ud800", "left out")
+    assert "\\ud800" in wrong.field
+    str(wrong).encode()
+
+
 def test_a_settings_error_is_a_value_error() -> None:
     """So that callers who know nothing of it answer with "bad request"."""
     assert issubclass(SettingsError, ValueError)

@@ -43,6 +43,8 @@ class SettingsError(ValueError):
     """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
+        # A path may have a client's own key in it, and half a surrogate pair cannot be sent back.
+        field = field.encode(errors="backslashreplace").decode()
         self.field, self.value, self.allowed = field, value, allowed
         try:
             shown = repr(value)

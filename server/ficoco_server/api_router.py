@@ -115,8 +115,9 @@ def _refusal(body: bytes, path: str, largest: int | None) -> VLLMValidationError
         path: of the route.
         largest: the policy's largest budget, which images here would pass by.
     """
-    # A glance at the bytes spares most bodies the parsing; an escape may spell any word.
-    words = [*OUR_KEYS, *(["image"] if largest else []), "\\u"]
+    # A glance at the bytes spares most bodies the parsing. An escape may spell any word, and in
+    # UTF-16, which Python reads as JSON too, half of the bytes are zero.
+    words = [*OUR_KEYS, *(["image"] if largest else []), "\\u", "\0"]
     if not any(word.encode() in body for word in words):
         return None
     try:

@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags, rest = parser.parse_known_args(arguments[1:])
     said = flags.__dict__.pop("stages") or os.environ.get("FICOCO_STAGES")
     stages = _layers(parser, said)
+    if said:
+        os.environ["FICOCO_STAGES"] = said
     for name, value in vars(flags).items():
         if value is not None:
             os.environ[f"FICOCO_{name.upper()}"] = value
@@ -158,6 +160,10 @@ def serve(rest: Sequence[str], stages: Sequence[int] = ()) -> None:
             parser.error("--reduction-stages brings a scheduler of its own: not --scheduler-cls")
         args.scheduler_cls = SCHEDULER
         args.hf_overrides = {**(args.hf_overrides or {}), STAGES_KEY: list(stages)}
+        from vllm.platforms import current_platform
+
+        if args.block_size is None and current_platform.is_cpu():
+            args.block_size = 32  # vLLM's choice for CPUs, 128, is most of an image
     configure_logging_from_args(args)
     command.validate(args)
     command.cmd(args)

@@ -58,7 +58,8 @@ BLOCKS_SAVED = _once(
 REQUESTS = _once(
     Counter,
     "vllm_ficoco_requests_total",
-    "Requests to chat completions and responses by how they ended.",
+    "Requests to chat completions and responses, and those with settings that another route has "
+    "refused, by how they ended; method is invalid where the settings were.",
     ["method", "outcome"],
 )
 TIME_TO_FIRST_TOKEN = _once(

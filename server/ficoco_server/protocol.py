@@ -29,7 +29,7 @@ class Asked(NamedTuple):
     images: tuple[Level, ...] = ()
     """One level an image, in the order of the prompt."""
     misplaced: Level | None = None
-    """Settings on something that is not an image."""
+    """Settings on something that is not an image, or that say two things of one image."""
 
 
 class ReductionFields(BaseModel):
@@ -101,23 +101,25 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
     images: list[Level] = []
     misplaced: list[Level] = []
 
-    def without(part: Any, path: str) -> Any:
+    def without(part: Any, path: str, seen: bool) -> Any:
         if not isinstance(part, Mapping):
             return part
-        if not is_image(part):
+        if not seen or not is_image(part):
             for holder, where in _holders(part, path):
                 said = _ours(holder, OUR_KEYS)
                 if said:
                     misplaced.append(Level(where, said))
             return part
         inner = part.get("image_url")
-        said = _ours(part, IMAGE_KEYS)
-        where = path
+        said, inside = _ours(part, IMAGE_KEYS), {}
         if isinstance(inner, Mapping):
-            said |= _ours(inner, IMAGE_KEYS)
+            inside = _ours(inner, IMAGE_KEYS)
             part = {**part, "image_url": _drop(inner)}
-            where = f"{path}.image_url"
-        images.append(Level(where, said, embeds="image_embeds" in (part.get("type"), *part)))
+        twice = {key: said[key] for key in said if inside.get(key, said[key]) != said[key]}
+        if twice:
+            misplaced.append(Level(path, twice))
+        embeds = "image_embeds" in (part.get("type"), *part)
+        images.append(Level(path, said | inside, embeds=embeds, inside=tuple(inside)))
         return _drop(part)
 
     def turn(message: Any, path: str) -> Any:
@@ -126,10 +128,13 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
         said = _ours(message, OUR_KEYS)
         if said:
             misplaced.append(Level(path, said))
+        seen = turns != "input" or not _only_text(message)
         return {
             **message,
             **{
-                key: [without(part, f"{path}.{key}[{i}]") for i, part in enumerate(message[key])]
+                key: [
+                    without(part, f"{path}.{key}[{i}]", seen) for i, part in enumerate(message[key])
+                ]
                 for key in ("content", "output")
                 if isinstance(message.get(key), list)
             },
@@ -139,6 +144,14 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
     if isinstance(body.get(turns), list):
         taken[turns] = [turn(m, f"{turns}[{i}]") for i, m in enumerate(body[turns])]
     return taken, Asked(tuple(images), misplaced[0] if misplaced else None)
+
+
+def _only_text(message: Mapping[str, Any]) -> bool:
+    """Whether the responses API takes no more of a message than the text that it begins with."""
+    content = message.get("content")
+    first = content[0] if isinstance(content, list) and content else None
+    text = first.get("text") if isinstance(first, Mapping) else None
+    return message.get("role") == "assistant" and text is not None
 
 
 def mentioned(body: Any) -> Level | None:
@@ -182,11 +195,11 @@ def _parts(messages: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _holders(part: Any, path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """A part and the objects right inside it."""
+    """A part and the objects right inside it, but for the arguments of a tool."""
     if isinstance(part, Mapping):
         yield part, path
         for key, value in part.items():
-            if isinstance(value, Mapping) and key not in OUR_KEYS:
+            if isinstance(value, Mapping) and key not in (*OUR_KEYS, "input"):
                 yield value, f"{path}.{key}"
 
 

@@ -91,7 +91,7 @@ class Reducer:
         if misplaced is not None:
             key, value = next(iter(misplaced.said.items()))
             raise SettingsError(
-                misplaced.field(key), value, "on an image or on the request, nowhere else"
+                misplaced.field(key), value, "once on an image or on the request, nowhere else"
             )
         inner = getattr(request, "mm_processor_kwargs", None) or {}
         for key in OUR_KEYS:
@@ -111,6 +111,8 @@ class Reducer:
         placeholders = (engine_input.get("mm_placeholders") or {}).get("image", [])
         entering = [placeholder.length for placeholder in placeholders]
         geometry = None if isinstance(self.geometry, UnsupportedModel) else self.geometry
+        if geometry is None and len(entering) != len(settings):
+            return None  # a model that calls its images something else; none of them is reduced
         expected = [
             count if geometry is None or is_embeds else geometry.kept(reduction)
             for reduction, is_embeds, count in zip(settings, embeds, entering, strict=False)
@@ -227,6 +229,7 @@ class Reducer:
                 "tower_layers": geometry.layers,
                 "has_cls": geometry.has_cls,
                 "decoder_stages": list(geometry.starts),
+                "kv_block_size": self.block_size,
                 "kv_cache_groups": schedule.groups(self._spans),
             }
             details = {"low": policy.low(geometry), "high": policy.high()}

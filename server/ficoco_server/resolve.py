@@ -29,14 +29,18 @@ class Level(NamedTuple):
     """What was said in one place of a request: on the request itself or on one image."""
 
     path: str = ""
-    """Where, for messages: empty for the request, ``messages[0].content[1].image_url``, ..."""
+    """Where, for messages: empty for the request, ``messages[0].content[1]``, ..."""
     said: Mapping[str, Any] = {}
     """Our keys as they were sent, nulls left out."""
     embeds: bool = False
     """The image comes as embeddings, which cannot be reduced."""
+    inside: tuple[str, ...] = ()
+    """Keys that stood in the image's ``image_url``."""
 
     def field(self, key: str) -> str:
         """The path of a key that was said here."""
+        if key in self.inside:
+            key = f"image_url.{key}"
         return f"{self.path}.{key}" if self.path else key
 
 
@@ -88,7 +92,9 @@ def _narrow(
     if around.method == NO_REDUCTION:  # said farther away: no more than "not by default"
         around = Wish(policy.default_method, policy.default_budget)
     method = said.get("method", around.method)
-    inherited = around.options if method == around.method else {}
+    inherited = dict(around.options) if method == around.method else {}
+    if "budget" in said:
+        inherited.pop("tokens", None)  # they are instead of a budget, and this one is nearer
     budget, options = said.get("budget", around.budget), said.get("options", inherited)
     settings = {**said, "method": method, "options": options}
     if isinstance(options, Mapping) and options.get("tokens") is not None:

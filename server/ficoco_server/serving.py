@@ -8,7 +8,8 @@ how those are constructed. A request that did not come through our routes runs a
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from copy import copy
 from typing import Any, TypeVar
@@ -25,7 +26,9 @@ from ficoco_server.plugin import MODEL_PLUGIN, NAME
 from ficoco_server.policy import Policy, PolicyError
 from ficoco_server.protocol import ReductionFields
 from ficoco_server.reducer import Reducer
+from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.settings import REDUCTION_KEY
+from vllm_ficoco.vision.geometry import STAGES_KEY
 
 T = TypeVar("T")
 
@@ -41,6 +44,7 @@ def install(engine_client: Any, state: Any) -> None:
     if MODEL_PLUGIN not in (envs.VLLM_PLUGINS or [MODEL_PLUGIN]):
         raise PolicyError(f"VLLM_PLUGINS names {NAME} but not {MODEL_PLUGIN}: it needs both")
     reducer = Reducer(engine_client.vllm_config, Policy.from_environment())
+    _check_stages(os.environ.get("FICOCO_STAGES", ""), getattr(reducer.geometry, "starts", ()))
     chat, responses = state.openai_serving_chat, state.openai_serving_responses
     renderer = _adopt(ReductionRenderer, chat.online_renderer)
     renderer.reducer = reducer
@@ -51,6 +55,17 @@ def install(engine_client: Any, state: Any) -> None:
     for handler in (state.openai_serving_chat, state.openai_serving_responses):
         handler.online_renderer = renderer
     state.ficoco = reducer
+
+
+def _check_stages(said: str, starts: Sequence[int]) -> None:
+    """Refuse to run without the stages that the environment names: our command alone reads them."""
+    stages = ",".join(map(str, starts))
+    if said and said.replace(" ", "") != stages:
+        raise PolicyError(
+            f"FICOCO_STAGES={said}, but the decoder's stages are {stages or 'none'}: only "
+            f"`vllm-ficoco serve` reads it; with `vllm serve`, give --scheduler-cls {SCHEDULER} "
+            f"--hf-overrides '{{\"{STAGES_KEY}\": [{said}]}}'"
+        )
 
 
 def _adopt(cls: type[T], original: Any) -> T:

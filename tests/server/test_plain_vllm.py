@@ -43,5 +43,14 @@ def test_plain_vllm_with_a_default_policy(tmp_path: Path) -> None:
             body = {"model": "plain", "messages": user(image()), field: given}
             refused = server.http.post("/v1/chat/completions", json=body)
             assert refused.status_code == 400 and "from 1 to 48, by this server" in refused.text
+        # Routes that know no budget would pass by the largest one.
+        for path, content in (
+            ("/v1/messages", [{"type": "image", "source": {"type": "base64", "data": "AAAA"}}]),
+            ("/v1/chat/completions/batch", [image()]),
+        ):
+            said = [{"role": "user", "content": content}]
+            messages = [said] if path.endswith("batch") else said
+            refused = server.http.post(path, json={"model": "plain", "messages": messages})
+            assert refused.status_code == 400 and "largest visual token budget, 48" in refused.text
         kept = {"stage": "kept", "method": "tome"}
         assert value(server.metrics(), "vllm_ficoco_visual_tokens_total", **kept) == 48

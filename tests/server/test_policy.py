@@ -104,6 +104,25 @@ def test_defaults_that_the_model_cannot_keep_stop_the_start() -> None:
 # --- What holds for an image ----------------------------------------------------------------
 
 
+def test_a_nearer_budget_is_instead_of_tokens_by_stage() -> None:
+    staged = Geometry((12, 12), 9, True, 6, (2, 4))
+    request = on_request(reduction={"method": "k-norm", "options": {"tokens": [80, 40]}})
+    by_stage, nearer, low = settle(
+        read(),
+        request,
+        on_image(),
+        on_image(visual_token_budget=90),
+        on_image(detail="low"),
+        geometry=Geometry((24, 24), 23, True, 32, (2, 22)),
+    )
+    assert by_stage is not None and by_stage.budget is None
+    assert nearer == Reduction(method="k-norm", budget=90)
+    assert low == Reduction(method="k-norm", budget=64)
+    with pytest.raises(SettingsError, match=r"options\.tokens"):
+        both = {"budget": 90, "options": {"tokens": [80, 40]}}
+        settle(read(), request, on_image(reduction=both), geometry=staged)
+
+
 def test_the_nearest_wins() -> None:
     policy = read(default_budget="100")
     request = on_request(visual_token_budget=64)

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.exceptions import VLLMValidationError
 
 from ficoco_server import cli, metrics
 from ficoco_server.api_router import Guard, _refusal
 from ficoco_server.metrics import INVALID, REQUESTS, Observation, budget_bucket
-from ficoco_server.policy import Policy
+from ficoco_server.policy import Policy, PolicyError
 from ficoco_server.protocol import (
+    Asked,
     ChatRequest,
     ResponseRequest,
     holds_image,
@@ -25,8 +27,9 @@ from ficoco_server.protocol import (
     take_settings,
 )
 from ficoco_server.reducer import Reducer
-from ficoco_server.serving import _with_report
+from ficoco_server.serving import _check_stages, _with_report
 from vllm_ficoco.cost import Decoder
+from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.geometry import Geometry
 
@@ -54,12 +57,28 @@ def test_settings_of_images_in_order() -> None:
     request = ChatRequest.model_validate(given)
     assert given == untouched
     assert [(level.path, level.said) for level in request._asked.images] == [
-        ("messages[0].content[0].image_url", {"detail": "low"}),
-        ("messages[0].content[2].image_url", {"visual_token_budget": 9}),
-        ("messages[0].content[3].image_url", {}),
-        ("messages[1].content[0].image_url", {"reduction": {"budget": 3}}),
+        ("messages[0].content[0]", {"detail": "low"}),
+        ("messages[0].content[2]", {"visual_token_budget": 9}),
+        ("messages[0].content[3]", {}),
+        ("messages[1].content[0]", {"reduction": {"budget": 3}}),
     ]
     assert request._asked.misplaced is None
+
+
+def test_a_setting_is_called_by_the_place_where_it_stood() -> None:
+    given = body({**image(detail="low"), "visual_token_budget": 9})
+    [level] = take_settings(given, "messages")[1].images
+    assert level.said == {"detail": "low", "visual_token_budget": 9}
+    assert level.field("detail") == "messages[0].content[0].image_url.detail"
+    assert level.field("visual_token_budget") == "messages[0].content[0].visual_token_budget"
+
+
+def test_two_settings_of_one_image_must_be_the_same() -> None:
+    same = body({**image(visual_token_budget=9), "visual_token_budget": 9})
+    assert take_settings(same, "messages")[1].misplaced is None
+    other = body({**image(visual_token_budget=9), "visual_token_budget": 64})
+    misplaced = take_settings(other, "messages")[1].misplaced
+    assert misplaced is not None and misplaced.said == {"visual_token_budget": 64}
 
 
 def test_vllm_does_not_see_them() -> None:
@@ -126,6 +145,18 @@ def test_settings_of_a_responses_request() -> None:
     assert ResponseRequest.model_validate({"input": "hello"})._asked.images == ()
 
 
+def test_images_that_the_responses_api_leaves_out_are_no_images() -> None:
+    """Of what an assistant has said it takes the first text; settings behind it do nothing."""
+    text, picture = {"type": "output_text", "text": "a"}, {"type": "input_image", "image_url": URL}
+
+    def asked(*parts: Any, role: str = "assistant") -> Any:
+        return take_settings({"input": [{"role": role, "content": list(parts)}]}, "input")[1]
+
+    assert asked(text, picture) == Asked()
+    assert asked(text, {**picture, "visual_token_budget": 9}).misplaced is not None
+    assert len(asked(picture, text).images) == len(asked(text, picture, role="user").images) == 1
+
+
 def test_values_arrive_as_they_were_sent() -> None:
     for value in ("64", 64.0, True, [64], 10**30):
         request = ChatRequest.model_validate(body(TEXT, visual_token_budget=value))
@@ -162,7 +193,14 @@ def test_mentioned(given: dict[str, Any], where: str) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [[], "reduction", {"prompt": "reduction"}, {"reduction": None}, body(image(detail="low"))],
+    [
+        [],
+        "reduction",
+        {"prompt": "reduction"},
+        {"reduction": None},
+        body(image(detail="low")),
+        body({"type": "tool_use", "name": "boil", "input": {"reduction": 5}}),
+    ],
 )
 def test_not_mentioned(given: Any) -> None:
     assert mentioned(given) is None
@@ -227,6 +265,8 @@ async def test_the_guard_refuses_what_is_spelt_with_escapes() -> None:
     sent, _ = await _through_guard(b'{"visual\\u005ftoken_budget": 64}')
     assert sent[0]["status"] == 400
     sent, _ = await _through_guard(b'{"mm_processor_kwargs": {"visual_token_budget": 64}}')
+    assert sent[0]["status"] == 400
+    sent, _ = await _through_guard('{"visual_token_budget": 64}'.encode("utf-16"))
     assert sent[0]["status"] == 400
 
 
@@ -450,6 +490,7 @@ def test_stages_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
     monkeypatch.setattr(cli, "prepare", lambda *_: None)
     monkeypatch.setattr(cli, "serve", lambda _, stages: served.append(stages))
+    monkeypatch.setenv("FICOCO_STAGES", "")  # the command sets it, too
     cli.main(["serve", "tiny-llava"])
     cli.main(["serve", "tiny-llava", "--reduction-stages", "2,4"])
     monkeypatch.setenv("FICOCO_STAGES", "3")
@@ -459,6 +500,39 @@ def test_stages_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert served == [[], [2, 4], [3], []]
     with pytest.raises(SystemExit):
         cli.main(["serve", "tiny-llava", "--reduction-stages", "two"])
+
+
+@pytest.mark.parametrize("flags", [["--grpc"], ["--scheduler-cls", "another.scheduler"]])
+def test_what_the_command_cannot_serve_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    monkeypatch.setattr(ServeSubcommand, "cmd", lambda *_: pytest.fail("it would start"))
+    with pytest.raises(SystemExit):
+        cli.serve(["tiny-llava", *flags], [2, 4])
+    assert f"not {flags[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"), [([], 32), (["--block-size=64"], 64)], ids=["by default", "as said"]
+)
+def test_stages_come_with_blocks_that_fit_into_an_image(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], size: int
+) -> None:
+    """vLLM's own choice for CPUs is 128 tokens, of which no image of 144 need have a whole one."""
+    started: list[Any] = []
+    monkeypatch.setattr(ServeSubcommand, "cmd", started.append)
+    cli.serve(["tiny-llava", *flags], [2, 4])
+    [args] = started
+    assert args.block_size == size and args.scheduler_cls == SCHEDULER
+    assert args.hf_overrides == {"reduction_stages": [2, 4]}
+
+
+def test_stages_that_plain_vllm_would_not_have_stop_the_start() -> None:
+    _check_stages("", ())
+    _check_stages("2, 4", (2, 4))
+    for starts in ((), (3,)):
+        with pytest.raises(PolicyError, match=r"--scheduler-cls .* --hf-overrides"):
+            _check_stages("2,4", starts)
 
 
 def test_environment_of_the_command(tmp_path: Path) -> None:

@@ -100,18 +100,19 @@ class ReducingProcessorMixin:
             VLLMValidationError: they cannot be used; vLLM answers with a 400.
         """
         images = items.get_all_counts().get("image", 0)
+        key = BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
+        value = kwargs.get(key)
         try:
             asked = per_image(kwargs, images)
             if not any(asked):
                 return asked
             if self.geometry is None:
-                raise SettingsError(REDUCTION_KEY, kwargs.get(REDUCTION_KEY), self.unsupported)
+                raise SettingsError(key, value, self.unsupported)
             if isinstance(items["image"], ImageEmbeddingItems):
-                raise SettingsError(
-                    REDUCTION_KEY, kwargs.get(REDUCTION_KEY), "left out with image_embeds inputs"
-                )
-            for reduction in asked:
-                self.geometry.kept(reduction)
+                raise SettingsError(key, value, "left out with image_embeds inputs")
+            for image, reduction in enumerate(asked):
+                field = f"{key}[{image}]" if isinstance(value, Sequence) else key
+                self.geometry.kept(reduction, field if key == BUDGET_KEY else f"{field}.budget")
             tokens = self.geometry.tokens
             return [reduction and reduction.for_tokens(tokens) for reduction in asked]
         except SettingsError as error:

@@ -18,7 +18,7 @@ class UnsupportedModel(ValueError):
 
 
 class Geometry(NamedTuple):
-    """The vision side of a LLaVA as a reduction sees it."""
+    """A LLaVA as a reduction sees it: the tower's grid and layers, the decoder's stages."""
 
     grid: tuple[int, int]
     """Rows and columns of patches."""
@@ -129,13 +129,13 @@ class Geometry(NamedTuple):
         except ValueError as error:
             raise SettingsError(field, active.budget, str(error)) from None
 
-    def kept(self, reduction: Reduction | None) -> int:
+    def kept(self, reduction: Reduction | None, field: str = "budget") -> int:
         """Visual tokens that enter the decoder: the placeholders and the rows the model returns.
 
         Raises:
             SettingsError: as :meth:`stages`.
         """
-        stages = self.stages(reduction) if reduction else []
+        stages = self.stages(reduction, field) if reduction else []
         return stages[-1].keep if stages else self.tokens
 
 
