@@ -71,6 +71,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if any(len(mix.parts) > args.requests for mix in args.mix):
         parser.error(f"--requests {args.requests} are fewer than the settings of a --mix")
+    if max(args.concurrency) > args.requests:
+        parser.error(
+            f"--requests {args.requests} cannot be --concurrency {max(args.concurrency)} at once"
+        )
     if args.goodput.keys() - {"ttft", "tpot", "e2el"}:
         parser.error("--goodput knows ttft, tpot and e2el")
     if args.accuracy and not args.accuracy.exists():
@@ -80,12 +84,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def mixes(args: argparse.Namespace, visual_tokens: int) -> list[Mix]:
     """All that is to be measured: every method at every budget, then mixed traffic."""
+
+    def asked(setting: Setting) -> Setting:
+        whole = setting.budget is not None and setting.budget >= visual_tokens
+        return Setting(FULL) if whole else setting
+
     settings = [
-        Setting(FULL) if budget >= visual_tokens else Setting(method, budget)
+        asked(Setting(method, budget))
         for method in args.methods.split(",")
         for budget in args.budgets
     ]
-    return [Mix(((setting, 1.0),)) for setting in dict.fromkeys(settings)] + args.mix
+    mixed = [Mix(tuple((asked(one), weight) for one, weight in mix.parts)) for mix in args.mix]
+    return [Mix(((setting, 1.0),)) for setting in dict.fromkeys(settings)] + mixed
 
 
 async def about(http: httpx.AsyncClient) -> dict[str, Any]:
@@ -103,6 +113,7 @@ async def about(http: httpx.AsyncClient) -> dict[str, Any]:
         "model": model["id"],
         "visual_tokens": model["visual_tokens"],
         "decoder_stages": model["decoder_stages"],
+        "kv_block_size": model["kv_block_size"],
         "in_decoder": [m["name"] for m in answers["reduction"]["methods"] if m["decoder_stages"]],
         "kv_cache_bytes_per_token": model["kv_cache_bytes_per_token"],
         "vllm": answers["version"]["version"],
@@ -114,9 +125,11 @@ async def disconnect(http: httpx.AsyncClient, model: str, mix: Mix, side: int, r
     lot = random.Random()
 
     async def come_and_go() -> None:
-        setting = lot.choice(mix.parts)[0]
+        settings, weights = zip(*mix.parts, strict=True)
+        setting = lot.choices(settings, weights)[0]
         said = messages(setting, side, [lot.randrange(2**32)])
-        body = {"model": model, "messages": said, "stream": True, "max_tokens": 64, **setting.body}
+        long = {"max_tokens": 64, "ignore_eos": True}  # it must not end before the client leaves
+        body = {"model": model, "messages": said, "stream": True, **long, **setting.body}
         with contextlib.suppress(httpx.TransportError):
             async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
                 async for _ in answer.aiter_bytes():
@@ -128,25 +141,40 @@ async def disconnect(http: httpx.AsyncClient, model: str, mix: Mix, side: int, r
             clients.create_task(come_and_go())
 
 
-def figures(result: dict[str, Any]) -> dict[str, Any]:
-    """Percentiles in milliseconds, of the requests that succeeded."""
-    lists = (result[name] for name in ("ttfts", "latencies", "output_lens", "errors"))
-    rows = [
-        (1000 * first, 1000 * total, tokens)
-        for first, total, tokens, error in zip(*lists, strict=True)
-        if not error
-    ]
-    values = {
-        "ttft": [first for first, _, _ in rows],
-        "tpot": [(total - first) / (tokens - 1) for first, total, tokens in rows if tokens > 1],
-        "e2el": [total for _, total, _ in rows],
-    }
+def timings(result: dict[str, Any], rate: float) -> list[dict[str, float]]:
+    """Milliseconds of each request that succeeded, from its arrival.
+
+    Where requests arrive at a rate, that may be before one of the places was free.
+    """
+    names = ("ttfts", "latencies", "queue_times", "output_lens", "errors")
+    rows = []
+    for first, total, queued, tokens, error in zip(*(result[n] for n in names), strict=True):
+        if not error:
+            waited = queued if math.isfinite(rate) else 0.0
+            row = {"ttft": 1000 * (first + waited), "e2el": 1000 * (total + waited)}
+            if tokens > 1:
+                row["tpot"] = 1000 * (total - first) / (tokens - 1)
+            rows.append(row)
+    return rows
+
+
+def figures(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Percentiles in milliseconds."""
+    values = {name: [r[name] for r in rows if name in r] for name in ("ttft", "tpot", "e2el")}
     return {
         f"p{p}_{name}_ms": round(float(np.percentile(some, p)), 3)
         for name, some in values.items()
         for p in PERCENTILES
         if some
     }
+
+
+def goodput(
+    rows: Sequence[dict[str, float]], objectives: dict[str, float], seconds: float
+) -> float | None:
+    """Requests a second that met all objectives, in milliseconds; None where there are none."""
+    good = [all(row.get(name, 0.0) <= most for name, most in objectives.items()) for row in rows]
+    return round(sum(good) / seconds, 4) if objectives else None
 
 
 async def measure(
@@ -175,15 +203,22 @@ async def measure(
     if result["failed"]:
         error = next(error for error in result["errors"] if error).strip()
         raise RuntimeError(f"{result['failed']} of {len(settings)} requests failed: {error}")
+    rows = timings(result, load.rate)
     summary = watch.summary()
-    check(summary["visual_tokens_kept"], mix, server["visual_tokens"], server["in_decoder"])
+    check(
+        summary["visual_tokens_kept"],
+        mix,
+        server["visual_tokens"],
+        server["in_decoder"],
+        server["kv_block_size"],
+    )
     return {
         "requests": len(settings),
         "duration_s": round(result["duration"], 3),
         "requests_per_s": round(result["request_throughput"], 4),
         "output_tokens_per_s": round(result["output_throughput"], 3),
-        "goodput_per_s": result["request_goodput"],
-        **figures(result),
+        "goodput_per_s": goodput(rows, args.goodput, result["duration"]),
+        **figures(rows),
         "watch": summary,
     }
 
@@ -223,7 +258,7 @@ async def run(args: argparse.Namespace) -> None:
         there = {(line["round"], line["concurrency"], line["setting"]) for line in lines}
         what = mixes(args, server["visual_tokens"])
         todo = [row for row in plan(args, what) if (row[0], row[1], str(row[2])) not in there]
-        shape = (args.rate, args.burstiness, args.output_tokens, args.image_size, args.goodput)
+        shape = (args.rate, args.burstiness, args.output_tokens, args.image_size)
         warm: set[str] = set()
         with tqdm(todo, unit="run") as bar, file.open("a") as out:
             for number, concurrency, mix in bar:
@@ -231,7 +266,8 @@ async def run(args: argparse.Namespace) -> None:
                 load = Load(concurrency, *shape)
                 if str(mix) not in warm:  # not measured: what a first request makes a server set up
                     first = mix.draw(max(*args.concurrency, len(mix.parts)), 0)
-                    await send(args.base_url, server["model"], first, load, [time.time_ns()])
+                    hot = Load(max(args.concurrency), *shape)
+                    await send(args.base_url, server["model"], first, hot, [time.time_ns()])
                     warm.add(str(mix))
                 measured = await measure(http, args, server, mix, load)
                 line = {

@@ -31,8 +31,6 @@ class Load(NamedTuple):
     """Of every answer; the end-of-text token is ignored."""
     side: int
     """Pixels of an image."""
-    objectives: dict[str, float]
-    """Milliseconds of ttft, tpot, e2el within which a request counts for the goodput."""
 
 
 async def send(
@@ -48,8 +46,8 @@ async def send(
         seed: of the images, which are all different.
 
     Returns:
-        vLLM's result: lists of ``ttfts``, ``itls``, ``latencies``, ``output_lens``, ``errors`` by
-        request, and ``completed``, ``failed``, ``duration``, ``request_throughput``, ...
+        vLLM's result: lists of ``ttfts``, ``latencies``, ``queue_times``, ``output_lens``,
+        ``errors`` by request, and ``completed``, ``failed``, ``duration``, ...
     """
     requests = [
         SampleRequest(
@@ -81,7 +79,7 @@ async def send(
             selected_percentile_metrics=[],
             selected_percentiles=[],
             ignore_eos=True,
-            goodput_config_dict=load.objectives,
+            goodput_config_dict={},
             max_concurrency=load.concurrency,
             lora_modules=None,
             extra_headers=None,

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loadtest.__main__ import main
+from loadtest.__main__ import goodput, main, mixes, parse, timings
 from loadtest.traffic import Mix, Setting, image
 from loadtest.watch import NotKept, check
 from tests.server.conftest import API_KEY, TOKENS, Server, eventually, value
@@ -57,9 +58,43 @@ def test_a_sweep_measures_every_setting_and_goes_on(server: Server, tmp_path: Pa
         load(server, tmp_path, "--budgets=48", "--note=another machine")
 
 
+def test_latencies_at_a_rate_begin_when_a_request_arrives() -> None:
+    """Not when one of the client's places is free: an overloaded server must look overloaded."""
+    result = {
+        "ttfts": [0.1, 0.1, 0.1],
+        "latencies": [0.3, 0.3, 0.3],
+        "queue_times": [0.0, 2.0, 0.0],
+        "output_lens": [3, 3, 3],
+        "errors": ["", "", "refused"],
+    }
+    rows = timings(result, 5.0)
+    assert [row["ttft"] for row in rows] == pytest.approx([100, 2100])
+    assert [row["e2el"] for row in rows] == pytest.approx([300, 2300])
+    assert [row["tpot"] for row in rows] == pytest.approx([100, 100])
+    assert goodput(rows, {"ttft": 500, "tpot": 150}, 2.0) == 0.5
+    assert goodput(rows, {}, 2.0) is None
+    at_once = timings(result, math.inf)
+    assert [row["ttft"] for row in at_once] == pytest.approx([100, 100])
+
+
+def test_more_at_once_than_there_are_requests_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--base-url=http://localhost", "--concurrency=1,64", "--requests=48"])
+
+
+def test_a_budget_above_an_images_tokens_is_no_reduction() -> None:
+    args = parse(["--base-url=http://localhost", "--budgets=144,48", "--mix=tome@200=1,text=2"])
+    assert list(map(str, mixes(args, 144))) == ["none", "ficoco-v@48", "none=1,text=2"]
+
+
 @pytest.mark.server
 def test_clients_that_leave_take_nothing_with_them(server: Server, tmp_path: Path) -> None:
-    [line] = load(server, tmp_path, "--budgets=48", "--disconnects=5")
+    def ended(outcome: str) -> float:
+        return value(server.metrics(), "vllm_ficoco_requests_total", outcome=outcome)
+
+    before = ended("cancelled")
+    [line] = load(server, tmp_path, "--budgets=48", "--disconnects=3", "--requests=24")
+    assert eventually(lambda: ended("cancelled") > before), "no client has left"
     assert line["watch"]["visual_tokens_kept"] == {"ficoco-v": pytest.approx(48 / TOKENS)}
     assert eventually(lambda: value(server.metrics(), "vllm:num_requests_running") == 0)
     assert eventually(lambda: value(server.metrics(), "vllm:kv_cache_usage_perc") == 0)
@@ -90,9 +125,11 @@ def test_a_budget_that_was_not_kept_is_an_error(kept: dict[str, float], wrong: s
 
 def test_whole_blocks_are_allowed_for() -> None:
     mix = Mix.parse("fastv@48")
-    check({"fastv": 60 / 144}, mix, 144, ["fastv"])
-    with pytest.raises(NotKept):
-        check({"fastv": 60 / 144}, mix, 144)
+    check({"fastv": 60 / 144}, mix, 144, ["fastv"], 16)
+    check({"fastv": 100 / 144}, mix, 144, ["fastv"], 32)
+    for kept, inside, block in ((60, [], 16), (100, ["fastv"], 16)):
+        with pytest.raises(NotKept):
+            check({"fastv": kept / 144}, mix, 144, inside, block)
 
 
 def test_traffic_is_as_asked_and_never_the_same_image() -> None:
