@@ -8,8 +8,9 @@
 Questions to generated scenes (:mod:`vllm_ficoco.tiny_llava.scenes`), drawn from a fixed seed,
 greedy answers, exact match; existence tasks also as F1 of "yes", as POPE counts. Every answer is
 written to ``answers.jsonl`` as it comes, so a run that was stopped goes on where it was, and a run
-with other settings adds to it. From all that is there, ``results.json``, ``table.md``,
-``ablations.md``, ``decoder.md``, ``decoder-ablations.md`` and plots are made.
+with other settings adds to it; what other weights or other questions have left is refused. From all
+settings that were asked as many questions, ``results.json``, ``table.md``, ``ablations.md``,
+``decoder.md``, ``decoder-ablations.md`` and plots are made.
 
 Needs the package's extra ``eval``.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import math
@@ -126,6 +128,11 @@ class Setting(NamedTuple):
         return cls(method, int(budget), json.loads(brace + options) if brace else {})
 
     @property
+    def plain(self) -> Setting:
+        """The same method at the same tokens with the defaults of all other options."""
+        return self._replace(options={k: v for k, v in self.options.items() if k == "tokens"})
+
+    @property
     def reduction(self) -> dict[str, Any]:
         """The request's field."""
         if self.method == "none":
@@ -161,15 +168,15 @@ def decoder_settings(block: int) -> list[Setting]:
     one_place = [n for n in inside if n in ("fastv", "dart")]
     any_place = [n for n in inside if n not in (*one_place, "sparsevlm", "pyramiddrop")]
     many_places = [n for n in inside if n not in one_place]
-    no_local = [o for o in L_ABLATIONS if {*o} <= {"beta", "receivers"} and {*o.values()} == {0}]
-    l_ablations = L_ABLATIONS if block == 32 else no_local
+    telling = [o for o in L_ABLATIONS if {*o} <= {"beta", "receivers"} and {*o.values()} == {0}]
+    l_ablations = L_ABLATIONS if block == 32 else telling  # no local term, no merging, neither
     return [
         *(at(name, tokens) for name in one_place for tokens in at_once),
         *(at(name, tokens, tokens, tokens) for name in any_place for tokens in at_once),
         *(at(name, *tokens) for name in many_places for tokens in by_steps),
         *(Setting(name, budget) for name in both for budget in (48, 32, 16)),
         *(at("ficoco-l", *[n] * 3, **options) for options in l_ablations for n in at_once[-2:]),
-        *(at("ficoco-l", *by_steps[0], **options) for options in no_local),
+        *(at("ficoco-l", *by_steps[0], **options) for options in telling),
     ]
 
 
@@ -272,8 +279,12 @@ def serving(model: str, arguments: Sequence[str]) -> Iterator[str]:
                 time.sleep(1)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(60)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class Engine:
@@ -349,7 +360,7 @@ class Engine:
         start, entered = prompt.index(image_token), prompt.count(image_token)
         geometry = geometry_of(self.llm.model_config.hf_config)
         reduction = Reduction.parse(setting.reduction)
-        if reduction is None or reduction.spec.decoder is None:
+        if reduction.spec.decoder is None:
             return entered
         run = Run(start, start + entered)
         held = [held_of(run, n, self.block, len(prompt)) for n in geometry.held(reduction)[1:]]
@@ -383,6 +394,24 @@ def f1_of_yes(pairs: Iterable[tuple[str, str]]) -> float:
     return 2 * both / (answered + right) if answered + right else 0.0
 
 
+def paired(
+    one: dict[int, Answer], other: dict[int, Answer], asked: Sequence[tuple[Scene, Question]]
+) -> float:
+    """How surely one setting answers better than another that was asked the same questions.
+
+    (won - lost) / sqrt(won + lost) of the questions that just one of them answers rightly: the
+    square root of McNemar's statistic; beyond 2 or -2 it is hardly chance.
+    """
+
+    def right(given: dict[int, Answer], index: int) -> bool:
+        return given[index].text.strip() == asked[index][1].answer
+
+    both = one.keys() & other.keys()
+    won = sum(right(one, i) and not right(other, i) for i in both)
+    lost = sum(right(other, i) and not right(one, i) for i in both)
+    return (won - lost) / math.sqrt(won + lost) if won + lost else 0.0
+
+
 def summarise(
     answers: dict[str, dict[int, Answer]], asked: Sequence[tuple[Scene, Question]]
 ) -> dict[str, dict[str, Any]]:
@@ -401,7 +430,7 @@ def summarise(
         average = sum(tasks.values()) / len(tasks)
         total = len(given)
         low, high = interval(round(average * total), total)
-        some = next(iter(given.values()))
+        plain = Setting.of(name).plain.name
         results[name] = {
             "questions": total,
             "tasks": tasks,
@@ -413,10 +442,20 @@ def summarise(
                 if task.startswith("existence")
             },
             "visual_tokens_kept": sorted({a.kept for a in given.values()}),
-            "kv_cache_bytes": some.kv_bytes,
-            "flops_ratio": some.flops_ratio,
+            # Questions differ in length, and with them what a budget saves of a prefill.
+            "kv_cache_bytes": _mean(a.kv_bytes for a in given.values()),
+            "flops_ratio": _mean(a.flops_ratio for a in given.values()),
+            "paired": (
+                paired(given, answers[plain], asked) if name != plain and plain in answers else None
+            ),
         }
     return results
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def table(results: dict[str, dict[str, Any]], settings: Sequence[Setting]) -> str:
@@ -426,6 +465,7 @@ def table(results: dict[str, dict[str, Any]], settings: Sequence[Setting]) -> st
     tasks = list(results[rows[0].name]["tasks"])
     options = any(s.options for s in rows)
     flops = any(results[s.name]["flops_ratio"] is not None for s in rows)
+    pairs = any(results[s.name]["paired"] is not None for s in rows)
     heads = [
         "method",
         *(["options"] if options else []),
@@ -435,6 +475,7 @@ def table(results: dict[str, dict[str, Any]], settings: Sequence[Setting]) -> st
         "existence F1",
         "average (95 %)",
         "of full",
+        *(["paired"] if pairs else []),
     ]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for setting in rows:
@@ -445,18 +486,19 @@ def table(results: dict[str, dict[str, Any]], settings: Sequence[Setting]) -> st
             setting.method,
             *([f"`{json.dumps(setting.options)}`" if setting.options else ""] if options else []),
             ", ".join(map(str, result["visual_tokens_kept"])),
-            *([_ratio(result["flops_ratio"])] if flops else []),
+            *([_number(result["flops_ratio"], ".2f")] if flops else []),
             *(f"{100 * result['tasks'].get(task, 0):.1f}" for task in tasks),
             f"{100 * sum(f1) / len(f1):.1f}" if f1 else "",
             f"{100 * result['average']:.1f} ({low:.1f} to {high:.1f})",
             f"{100 * result['average'] / full:.1f}" if full else "",
+            *([_number(result["paired"], "+.1f")] if pairs else []),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def plot(
@@ -492,7 +534,10 @@ def plot(
         below = [value - 100 * low for value, (low, _) in zip(y, edges, strict=True)]
         above = [100 * high - value for value, (_, high) in zip(y, edges, strict=True)]
         axes.errorbar(x, y, (below, above), marker="o", capsize=2, label=method)
-    axes.set_xlabel("KV cache of the image, MiB" if kv_bytes else "visual tokens kept")
+    of_a_token = f"{kv_bytes:,} bytes a token"
+    axes.set_xlabel(
+        f"KV cache of the image, MiB ({of_a_token})" if kv_bytes else "visual tokens kept"
+    )
     axes.set_ylabel("accuracy, %, mean over tasks")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -509,9 +554,46 @@ def load(file: Path) -> dict[str, dict[int, Answer]]:
     answers: dict[str, dict[int, Answer]] = {}
     if file.exists():
         for line in file.read_text().splitlines():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut off as the machine went down; it is asked again
             answers.setdefault(row["setting"], {})[row["index"]] = Answer(*row["answer"])
     return answers
+
+
+def conditions_of(
+    model: str, block: int, asked: Sequence[tuple[Scene, Question]]
+) -> dict[str, Any]:
+    """What answers in one folder must have in common, but for the setting."""
+    folder = CHECKPOINT if model == "tiny-llava" else Path(model)
+    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    drawn = hashlib.sha256()
+    scene, first = asked[0]
+    drawn.update(scene.image.tobytes())
+    drawn.update(first.text.encode())
+    return {
+        "model": model,
+        "weights": [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in weights],
+        "first_question": drawn.hexdigest()[:16],
+        "block_size": block,
+    }
+
+
+def same_conditions(out: Path, conditions: dict[str, Any]) -> None:
+    """Refuse a folder with answers of another kind; otherwise note ours there.
+
+    Raises:
+        SystemExit: answers of other weights, of another model, or to other questions are there.
+    """
+    file = out / "conditions.json"
+    before = json.loads(file.read_text()) if file.exists() else None
+    if before != conditions and (out / "answers.jsonl").exists():
+        raise SystemExit(
+            f"{out} has answers under other conditions ({before}, now {conditions}): "
+            "choose another --out, or delete it"
+        )
+    file.write_text(json.dumps(conditions, indent=1) + "\n")
 
 
 def settings_of(methods: Sequence[str], budgets: Sequence[int], full: int) -> list[Setting]:
@@ -549,7 +631,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("reports/accuracy"))
-    parser.add_argument("--kv-bytes", type=int, default=6144, help="of a token, for the plot")
+    parser.add_argument(
+        "--kv-bytes", type=int, default=6144, help="of a token in bf16, for the plots"
+    )
     parser.add_argument("--record", type=Path, help="write the averages here, for the tests")
     args = parser.parse_args()
     settings = settings_of(
@@ -569,6 +653,8 @@ def main() -> None:
         Reduction.parse(setting.reduction)
     asked = held_out(args.questions)
     args.out.mkdir(parents=True, exist_ok=True)
+    model = args.serve or args.in_process or args.model
+    same_conditions(args.out, conditions_of(model, args.block_size, asked))
     log = args.out / "answers.jsonl"
     answers = load(log)
     missing = [
@@ -604,11 +690,15 @@ def main() -> None:
                     engine.ask(questions[start : start + 128], setting, done)
             else:
                 asyncio.run(ask_server(url, args.model, questions, setting, args.concurrency, done))
-    # An earlier run may have asked more; all rows of a table are of the same questions.
+    # An earlier run may have asked more, or fewer; all rows of a table are of the same questions.
     answers = {
         name: {i: answer for i, answer in given.items() if i < len(asked)}
         for name, given in answers.items()
     }
+    fewer = [name for name, given in answers.items() if len(given) < len(asked)]
+    answers = {name: given for name, given in answers.items() if name not in fewer}
+    if fewer:
+        print(f"{len(fewer)} settings left out, which were asked fewer questions than {len(asked)}")
     results = summarise(answers, asked)
     found = [Setting.of(name) for name in answers]
     order = ["none", *METHODS]

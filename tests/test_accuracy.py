@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,10 +175,67 @@ def test_interval_is_wilsons(accuracy: ModuleType) -> None:
     assert accuracy.interval(0, 50)[0] == pytest.approx(0, abs=1e-9)
 
 
+def test_paired_counts_what_just_one_answers_rightly(accuracy: ModuleType) -> None:
+    asked = accuracy.held_out(12)
+
+    def answers(right: set[int]) -> dict[int, Any]:
+        return {
+            i: accuracy.Answer(q.answer if i in right else "?", 1) for i, (_, q) in enumerate(asked)
+        }
+
+    one, other = answers({0, 1, 2, 3, 4, 5, 6, 7, 8}), answers({0, 1, 2, 3, 9})
+    assert accuracy.paired(one, other, asked) == pytest.approx((5 - 1) / math.sqrt(5 + 1))
+    assert accuracy.paired(one, one, asked) == 0
+
+
 def test_f1_counts_yes(accuracy: ModuleType) -> None:
     pairs = [("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no"), ("yes", "yes")]
     assert accuracy.f1_of_yes(pairs) == pytest.approx(2 / 3)
     assert accuracy.f1_of_yes([("no", "no")]) == 0
+
+
+def answering(accuracy: ModuleType, asks: list[int]) -> type:
+    """In place of an engine: right but for every third question, and notes how many it is asked."""
+
+    class Fake:
+        @classmethod
+        def start(cls, *_: Any) -> Fake:
+            return cls()
+
+        def ask(self, asked: Any, setting: Any, done: Any) -> None:
+            asks.append(len(asked))
+            for index, _, question in asked:
+                text = "?" if index % 3 == 0 else question.answer
+                done(index, accuracy.Answer(text, setting.budget, None, 1 / (1 + index)))
+
+    return Fake
+
+
+def test_a_run_goes_on_and_does_not_mix_what_cannot_be_compared(
+    accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asks: list[int] = []
+    monkeypatch.setattr(accuracy, "Engine", answering(accuracy, asks))
+
+    def run(*more: str, model: str = "tiny-llava") -> dict[str, Any]:
+        options = ["--in-process", model, "--methods", "topk", "--budgets", "48", *more]
+        monkeypatch.setattr("sys.argv", ["accuracy.py", *options, f"--out={tmp_path}"])
+        accuracy.main()
+        return dict(json.loads((tmp_path / "results.json").read_text()))
+
+    results = run("--questions=30", f"--record={tmp_path}/recorded.json")
+    assert asks == [30, 30] and set(results) == {"none@144", "topk@48"}
+    recorded = json.loads((tmp_path / "recorded.json").read_text())
+    assert recorded["questions"] == 30 and set(recorded["averages"]) == set(results)
+    with (tmp_path / "answers.jsonl").open("a") as log:
+        log.write('{"setting": "topk@48", "ind')  # the machine went down
+    assert run("--questions=30") == results and asks == [30, 30]
+    # More questions: a setting that was asked fewer is not in the table with the others.
+    results = run("--questions=40", "--methods=tome")
+    assert asks == [30, 30, 10, 40] and set(results) == {"none@144", "tome@48"}
+    # A folder is of one model.
+    with pytest.raises(SystemExit, match="other conditions"):
+        run("--questions=30", model="another")
 
 
 def test_a_table_has_a_row_for_every_setting(accuracy: ModuleType, tmp_path: Path) -> None:
@@ -185,7 +244,7 @@ def test_a_table_has_a_row_for_every_setting(accuracy: ModuleType, tmp_path: Pat
     assert [s.name for s in settings] == ["none@144", "topk@48", "topk@16"]
     answers = {
         s.name: {
-            i: accuracy.Answer(q.answer if i % (k + 1) == 0 else "?", s.budget)
+            i: accuracy.Answer(q.answer if i % (k + 1) == 0 else "?", s.budget, None, 1 / (1 + i))
             for i, (_, q) in enumerate(asked)
         }
         for k, s in enumerate(settings)
@@ -195,7 +254,8 @@ def test_a_table_has_a_row_for_every_setting(accuracy: ModuleType, tmp_path: Pat
     assert results["topk@16"]["average"] < results["topk@48"]["average"] < 1
     rows = accuracy.table(results, settings).splitlines()
     assert len(rows) == 5
-    assert rows[2].startswith("| none | 144 | 100.0 |")  # nobody said how many FLOPs
-    assert rows[4].startswith("| topk | 16 | ")
+    flops = sum(1 / (1 + i) for i in range(30)) / 30  # questions differ in length
+    assert rows[2].startswith(f"| none | 144 | {flops:.2f} | 100.0 |")
+    assert rows[4].startswith(f"| topk | 16 | {flops:.2f} | ")
     accuracy.plot(results, settings, 6144, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
