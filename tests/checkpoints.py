@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from vllm_ficoco.tiny_llava import CHECKPOINT as SHIPPED
+from vllm_ficoco.tiny_llava.train import published_name
 
 TEXT = {
     "llama": (LlamaConfig, {"head_dim": 32}),
@@ -87,7 +88,7 @@ def random_llava(
     path.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(path)
     save_file(
-        {_vllm_name(k): v.contiguous() for k, v in model.state_dict().items()},
+        {published_name(k): v.contiguous() for k, v in model.state_dict().items()},
         path / "model.safetensors",
     )
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -100,13 +101,3 @@ def random_llava(
         )
     (path / "processor_config.json").write_text(processor)
     return path
-
-
-def _vllm_name(name: str) -> str:
-    """The names of checkpoints in the wild, which both Hugging Face and vLLM read."""
-    name = name.removeprefix("model.")
-    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
-        name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-    if name.startswith("language_model."):
-        name = name.replace("language_model.", "language_model.model.", 1)
-    return name.replace("lm_head.", "language_model.lm_head.")

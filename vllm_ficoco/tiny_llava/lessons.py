@@ -47,7 +47,8 @@ OFTEN = {
     **{"choice": 0.3, "colour": 0.6, "shape": 0.6},
     **{"relation": 4.0, "corner": 2.0, "count": 2.0, "reading": 1.5},
 }
-"""How often tasks are asked about in training, as far as not once: more where more is to learn."""
+"""How often a task is asked about in training; once where it is not named. More where more is to
+learn."""
 
 _NUMBER = {phrase: number for number, phrase in enumerate(PHRASES)}
 

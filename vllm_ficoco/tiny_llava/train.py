@@ -55,6 +55,9 @@ def new_llava(grid: int, init: Path | None, seed: int) -> tuple[Any, dict[str, i
         grid: patches along an image's side.
         init: a checkpoint to start from; its vocabulary may lack the last words.
         seed: of fresh weights.
+
+    Raises:
+        ValueError: ``init`` is of another shape, such as of another grid.
     """
     from safetensors.torch import load_file
     from transformers import AutoConfig, LlavaForConditionalGeneration
@@ -75,6 +78,14 @@ def new_llava(grid: int, init: Path | None, seed: int) -> tuple[Any, dict[str, i
         weights = load_file(init / "model.safetensors")
         for name, weight in llava.state_dict().items():
             given = weights[published_name(name)]
+            by_word = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            if given.shape[1:] != weight.shape[1:] or (
+                len(given) > len(weight) if by_word else len(given) != len(weight)
+            ):
+                raise ValueError(
+                    f"{init} cannot be taken up: {published_name(name)} is {tuple(given.shape)} "
+                    f"there, and {tuple(weight.shape)} with a grid of {grid}"
+                )
             weight[: len(given)] = given.float()
     return llava, vocabulary
 
@@ -270,14 +281,16 @@ def cls_attention(pupil: Pupil, lesson: Lesson) -> tuple[list[float], float]:
 
 def show(args: argparse.Namespace) -> None:
     """Prints what the model card says of a checkpoint."""
-    llava, vocabulary = new_llava(args.grid, args.checkpoint, 0)
+    vision = json.loads((args.checkpoint / "config.json").read_text())["vision_config"]
+    grid = vision["image_size"] // vision["patch_size"]
+    llava, vocabulary = new_llava(grid, args.checkpoint, 0)
     device = torch.device(args.device)
     pupil = Pupil(llava, vocabulary).to(device)
     accuracy = examine(pupil, vocabulary, args.exam_images, device)
     for task, share in accuracy.items():
         print(f"{task:24}{100 * share:6.1f} %")
     print(f"{'average':24}{100 * sum(accuracy.values()) / len(accuracy):6.1f} %")
-    lesson = Lessons(vocabulary, 1, 128, args.grid, 0, test=True)[0].to(device)
+    lesson = Lessons(vocabulary, 1, 128, grid, 0, test=True)[0].to(device)
     shares, area = cls_attention(pupil, lesson)
     print(f"\nthings cover {100 * area:.0f} % of the patches; of [CLS]'s attention, they have")
     for number, share in enumerate(shares):
@@ -303,6 +316,8 @@ def train(args: argparse.Namespace) -> None:
     saved: dict[str, Any] = {"stage": 0, "step": 0}
     if file.exists():
         saved = torch.load(file, weights_only=True)
+    if saved["stage"] > 1:
+        print(f"{args.out} is trained to its end: for another run, choose another --out")
     if "pupil" in saved:
         pupil.load_state_dict(saved["pupil"])
     for stage, (name, images) in enumerate((("see", args.see_images), ("answer", args.images))):
@@ -344,9 +359,11 @@ def train(args: argparse.Namespace) -> None:
                 )
                 if not done:
                     state["tools"] = [tool.state_dict() for tool in tools]
+                save(
+                    llava, args.out
+                )  # first: once the state says "finished", nothing is done again
                 torch.save({**state, "pupil": pupil.state_dict()}, file.with_suffix(".new"))
                 file.with_suffix(".new").replace(file)  # never half a file
-                save(llava, args.out)
                 saved_at = time.monotonic()
         saved = {"stage": stage + 1, "step": 0}
 
@@ -406,8 +423,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training.set_defaults(run=train)
     showing = commands.add_parser("show", help="accuracy and [CLS] attention of a checkpoint")
     showing.set_defaults(run=show)
+    training.add_argument("--grid", type=int, default=12, help="12 is 168 px, 24 is 336 px")
     for command in (training, showing):
-        command.add_argument("--grid", type=int, default=12, help="12 is 168 px, 24 is 336 px")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--exam-images", type=int, default=256, help="held out")
     add_arguments(training)
