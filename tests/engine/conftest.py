@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,9 +133,10 @@ def siglip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_engine(model: Path, **options: Any) -> Iterator[Engine]:
     """An engine for the time of a fixture."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler must be in reach
-    engine = Engine(model, **options)
-    yield engine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the scheduler must be in reach
+        engine = Engine(model, **options)
+        yield engine
     from vllm.distributed import cleanup_dist_env_and_memory
 
     del engine
@@ -165,5 +165,6 @@ def tight_engine(clip_checkpoint: Path) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def two_rank_engine(siglip_checkpoint: Path) -> Iterator[Engine]:
     """A SigLIP tower whose heads are split over two ranks."""
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # one NUMA node serves both ranks
-    yield from make_engine(siglip_checkpoint, tensor_parallel_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # one NUMA node serves both ranks
+        yield from make_engine(siglip_checkpoint, tensor_parallel_size=2)
