@@ -94,6 +94,7 @@ class Probe:
             limit_mm_per_prompt={"image": 1},
             enable_prefix_caching=False,
             enforce_eager=eager or not gpu,
+            async_scheduling=False,  # an output is then of the step that made it
             **options,
         ).llm_engine
         self.wait: Callable[[], None] = torch.cuda.synchronize if gpu else lambda: None

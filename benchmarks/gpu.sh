@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Everything that is to be measured on a GPU, with random weights and nothing downloaded:
 #
-#   benchmarks/gpu.sh                             # into reports/gpu
+#   . .venv/bin/activate && benchmarks/gpu.sh     # into reports/gpu
 #   DECODER=llava-1.5-13b benchmarks/gpu.sh
 #
 # Leaves budgets.json (the engine), loadtest/runs.jsonl (the server under load), their tables, and
