@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from copy import copy
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -39,26 +40,41 @@ class Rows(NamedTuple):
     """Where every request begins among the rows of the whole batch, and where the last one ends."""
 
 
-def without_gaps(
-    common: CommonAttentionMetadata,
-    block_size: int,
-    null_ids: int,
-    table: Tensor,
-    lengths: Tensor,
-) -> tuple[CommonAttentionMetadata, Rows | None]:
-    """Takes the blocks of gaps out of a batch's block table, and their rows out of its queries.
+class Left(NamedTuple):
+    """The rows of a batch that lie in no gap, where some do."""
+
+    index: Tensor
+    """(n,) ascending, on the host: which rows of the whole batch."""
+    row: Tensor
+    """(n,) the same on the device."""
+    starts: Tensor
+    """(requests + 1,) on the host: where requests begin among the rows that are left."""
+    requests: list[int]
+    """Where they begin among all rows."""
+
+
+class Pattern(NamedTuple):
+    """What a step leaves out in a stage: the same in every group of its layers."""
+
+    order: Tensor
+    """(requests, width) columns of the block table, those of gaps behind all others."""
+    lengths: Tensor
+    """(requests,) of the requests without their gaps."""
+    left: Left | None
+    """None where no row lies in a gap, as in every decode step."""
+
+
+def pattern_of(
+    common: CommonAttentionMetadata, block_size: int, null_ids: int, lengths: Tensor
+) -> Pattern:
+    """Finds the gaps in a batch's block table. In a prefill the host waits for the device once.
 
     Args:
-        common: vLLM's, not changed.
+        common: vLLM's.
         block_size: of the ids in the block table.
         null_ids: ids below belong to the null block; more than one where a kernel's blocks are
             smaller than the allocator's.
-        table: (requests, width) buffer for the new table, used again in every step.
-        lengths: (requests,) buffer for the new lengths.
-
-    Returns:
-        The metadata, and the rows that are left; None where all are. A decode step has no row in
-        a gap: it ends without the host waiting for the device.
+        lengths: (requests,) buffer, used again in every step.
     """
     ids = common.block_table_tensor
     requests, width = ids.shape
@@ -67,15 +83,11 @@ def without_gaps(
     used = block < -(-length // block_size)[:, None]
     # A row that starts with the null block is not a request: padding, or a dummy at start-up.
     gap = used & (ids < null_ids) & (ids[:, :1] >= null_ids)
-    new = copy(common)
-    new._num_computed_tokens_cache = new._token_to_req_indices_cache = None
-    new.seq_lens = lengths[:requests]
-    new.seq_lens.copy_(length - gap.sum(1) * block_size)
-    new.block_table_tensor = table[:requests, :width]
+    lengths = lengths[:requests]
+    lengths.copy_(length - gap.sum(1) * block_size)
     order = (gap | ~used).byte().argsort(dim=1, stable=True)
-    torch.gather(ids, 1, order, out=new.block_table_tensor)
     if common.max_query_len <= 1:
-        return new, None
+        return Pattern(order, lengths, None)
     start = common.query_start_loc.long()
     count = start[1:] - start[:-1]
     start_on_host = common.query_start_loc_cpu.long()
@@ -85,16 +97,58 @@ def without_gaps(
     left = ~gap[request, position // block_size].cpu()  # the host waits, here alone
     index = left.nonzero()[:, 0]
     if len(index) == rows:
+        return Pattern(order, lengths, None)
+    row = index.to(ids.device, non_blocking=True)
+    starts = torch.nn.functional.pad(left.cumsum(0), (1, 0))[start_on_host]
+    return Pattern(order, lengths, Left(index, row, starts, start_on_host.tolist()))
+
+
+def without_gaps(
+    common: CommonAttentionMetadata, pattern: Pattern, table: Tensor
+) -> tuple[CommonAttentionMetadata, Rows | None]:
+    """Takes the blocks of gaps out of a group's block table, and their rows out of its queries.
+
+    Args:
+        common: vLLM's, not changed.
+        pattern: what to take out.
+        table: (requests, width) buffer for the new table, used again in every step.
+
+    Returns:
+        The metadata, and the rows that are left; None where all are.
+    """
+    ids = common.block_table_tensor
+    requests, width = ids.shape
+    new = copy(common)
+    new._num_computed_tokens_cache = new._token_to_req_indices_cache = None
+    new.seq_lens = pattern.lengths
+    new.block_table_tensor = table[:requests, :width]
+    torch.gather(ids, 1, pattern.order, out=new.block_table_tensor)
+    if pattern.left is None:
         return new, None
-    left_before = torch.nn.functional.pad(left.cumsum(0), (1, 0))
-    new.query_start_loc_cpu = left_before[start_on_host].to(common.query_start_loc_cpu.dtype)
+    index, row, starts, begin = pattern.left
+    new.query_start_loc_cpu = starts.to(common.query_start_loc_cpu.dtype)
     new.query_start_loc = new.query_start_loc_cpu.to(ids.device, non_blocking=True)
     new.num_actual_tokens = len(index)
-    new.max_query_len = int(new.query_start_loc_cpu.diff().max())
-    row = index.to(ids.device, non_blocking=True)
+    new.max_query_len = int(starts.diff().max())
     new.slot_mapping = common.slot_mapping[row]
     new.positions = None if common.positions is None else common.positions[row]
-    return new, Rows(index, new.slot_mapping, start_on_host.tolist())
+    return new, Rows(index, new.slot_mapping, begin)
+
+
+@dataclass
+class Known:
+    """The last pattern of a stage, and for which step."""
+
+    seq_lens: Tensor
+    """vLLM makes this tensor once a step, for all groups."""
+    pattern: Pattern
+    groups: set[int]
+    """Which groups' builders have asked for it. One that asks again is in another step."""
+
+
+KNOWN: dict[int, Known] = {}
+"""By stage, in a worker's process: finding a pattern takes some twenty small operations, and a wait
+in a prefill, and a stage can have many groups."""
 
 
 @functools.cache
@@ -131,7 +185,13 @@ def stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             if self.table.shape[1] < ids.shape[1] or len(self.table) < len(ids):
                 self.table = ids.new_zeros(max(len(self.lengths), len(ids)), ids.shape[1])
                 self.lengths = self.lengths.new_zeros(len(self.table))
-            common, rows = without_gaps(common_attn_metadata, size, split, self.table, self.lengths)
+            stage, lens = self.kv_cache_spec.stage, common_attn_metadata.seq_lens
+            known = KNOWN.get(stage)
+            if known is None or known.seq_lens is not lens or id(self) in known.groups:
+                pattern = pattern_of(common_attn_metadata, size, split, self.lengths)
+                known = KNOWN[stage] = Known(lens, pattern, set())
+            known.groups.add(id(self))
+            common, rows = without_gaps(common_attn_metadata, known.pattern, self.table)
             # A shared prefix may lie over a gap; without that hint kernels are as right.
             metadata = super().build(0, common, fast_build)
             metadata.ficoco_rows = rows
