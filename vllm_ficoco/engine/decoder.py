@@ -40,7 +40,7 @@ class VisualTokens(torch.Tensor):
     places: Tensor
     """(n,) on the image's grid."""
     lot: Tensor
-    """(1, 1), see :func:`vllm_ficoco.methods.random.lot_of`."""
+    """(1, 1), see :func:`vllm_ficoco.methods.random.lot_of`; 0 where the method draws none."""
 
     @classmethod
     def of(cls, tokens: Tensor, *marks: Any) -> VisualTokens:
@@ -176,11 +176,13 @@ class StagedDecoder:
             places: (n,) on the image's grid; None for all.
             pixels: (1, 3, height, width) of the image.
         """
-        if reduction is None or reduction.spec.decoder is None:
+        part = reduction.spec.decoder if reduction is not None else None
+        if part is None:
             return tokens
         if places is None:
             places = torch.arange(len(tokens), device=tokens.device)
-        return VisualTokens.of(tokens, reduction, places, lot_of(pixels))
+        lot = lot_of(pixels) if part.by_lot else places.new_zeros(1, 1)
+        return VisualTokens.of(tokens, reduction, places, lot)
 
     def unmark(self, embeddings: Sequence[Tensor], is_visual: Tensor | None) -> Sequence[Tensor]:
         """Plain tensors, and noted which rows of the coming forward pass are images to reduce.

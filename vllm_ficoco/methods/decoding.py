@@ -49,7 +49,7 @@ class DecoderEvidence:
     read_text: Callable[[], Tensor]
     """Of that text, the hidden states, (B, M, D)."""
     lot: Tensor
-    """(B, 1) int64: a number drawn by the image, for methods that choose by lot."""
+    """(B, 1) int64: a number drawn by the image, for methods that choose by lot; 0 for others."""
     grid: tuple[int, int]
     """Rows and columns of the image's patches, which the tokens' positions refer to."""
     scale: float

@@ -248,6 +248,8 @@ class DecoderPart:
     """It reduces at every stage that the server has; else at as many as are published."""
     looks_at_question: bool = True
     """What it keeps depends on the text behind the image."""
+    by_lot: bool = False
+    """It chooses by :attr:`DecoderEvidence.lot`, which is not drawn for others."""
     shares: Callable[[int, int, int], list[int]] = schedule.equal_shares
     """(tokens, tokens kept by the first of them, how many) -> tokens kept by each place."""
 

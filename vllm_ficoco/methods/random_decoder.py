@@ -27,6 +27,12 @@ RANDOM_DECODER = in_decoder(
     "random-decoder",
     "keeps tokens drawn by lot, seeded by the image, at decoder stages",
     "",
-    DecoderPart(layers=(2,), steps=(Steps(filter),), every_stage=True, looks_at_question=False),
+    DecoderPart(
+        layers=(2,),
+        steps=(Steps(filter),),
+        every_stage=True,
+        looks_at_question=False,
+        by_lot=True,
+    ),
     RandomDecoderOptions,
 )

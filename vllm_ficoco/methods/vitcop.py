@@ -99,7 +99,7 @@ def _ranks(score: Tensor, cluster: Tensor) -> Tensor:
     """(B, n): how many of a token's cluster come before it by score; ties by index."""
     order = score.argsort(dim=-1, stable=True)
     place = torch.zeros_like(order).scatter(
-        1, order, torch.arange(order.shape[1]).to(order).expand_as(order)
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
     before = (cluster[:, None] == cluster[..., None]) & (place[:, None] < place[..., None])
     return before.sum(-1)
