@@ -672,6 +672,9 @@ def main() -> None:
         if args.serve and total
         else nullcontext(args.base_url)
     )
+    if log.exists() and not log.read_bytes().endswith(b"\n"):
+        with log.open("a") as out:
+            out.write("\n")  # ends a line that was cut off
     with server as url, log.open("a") as out, tqdm(total=total, unit="question") as bar:
         for setting, questions in missing:
             bar.set_description(setting.name)

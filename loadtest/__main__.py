@@ -71,7 +71,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if any(len(mix.parts) > args.requests for mix in args.mix):
         parser.error(f"--requests {args.requests} are fewer than the settings of a --mix")
-    if max(args.concurrency) > args.requests:
+    if max(args.concurrency) > args.requests and math.isinf(args.rate):
         parser.error(
             f"--requests {args.requests} cannot be --concurrency {max(args.concurrency)} at once"
         )

@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags, rest = parser.parse_known_args(arguments[1:])
     said = flags.__dict__.pop("stages") or os.environ.get("FICOCO_STAGES")
     stages = _layers(parser, said)
-    if said:
-        os.environ["FICOCO_STAGES"] = said
+    if stages:  # so that the server can tell that it has them
+        os.environ["FICOCO_STAGES"] = ",".join(map(str, stages))
     for name, value in vars(flags).items():
         if value is not None:
             os.environ[f"FICOCO_{name.upper()}"] = value
@@ -164,6 +164,10 @@ def serve(rest: Sequence[str], stages: Sequence[int] = ()) -> None:
 
         if args.block_size is None and current_platform.is_cpu():
             args.block_size = 32  # vLLM's choice for CPUs, 128, is most of an image
+        if current_platform.is_cuda():  # the one way that is known to work, see engine/checks.py
+            args.enforce_eager = True
+            if args.attention_backend is None and args.attention_config.backend is None:
+                args.attention_backend = "TRITON_ATTN"
     configure_logging_from_args(args)
     command.validate(args)
     command.cmd(args)

@@ -111,9 +111,9 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
                     misplaced.append(Level(where, said))
             return part
         inner = part.get("image_url")
-        said, inside = _ours(part, IMAGE_KEYS), {}
+        said, inside = _said(part), {}
         if isinstance(inner, Mapping):
-            inside = _ours(inner, IMAGE_KEYS)
+            inside = _said(inner)
             part = {**part, "image_url": _drop(inner)}
         twice = {key: said[key] for key in said if inside.get(key, said[key]) != said[key]}
         if twice:
@@ -205,6 +205,12 @@ def _holders(part: Any, path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 def _ours(holder: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return {key: holder[key] for key in keys if holder.get(key) is not None}
+
+
+def _said(holder: Mapping[str, Any]) -> dict[str, Any]:
+    """What a part says of its image; ``detail: auto`` says nothing."""
+    said = _ours(holder, IMAGE_KEYS)
+    return {k: v for k, v in said.items() if (k, v) != (DETAIL_KEY, "auto")}
 
 
 def _drop(holder: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _check_stages(said: str, starts: Sequence[int]) -> None:
         raise PolicyError(
             f"FICOCO_STAGES={said}, but the decoder's stages are {stages or 'none'}: only "
             f"`vllm-ficoco serve` reads it; with `vllm serve`, give --scheduler-cls {SCHEDULER} "
-            f"--hf-overrides '{{\"{STAGES_KEY}\": [{said}]}}'"
+            f"--hf-overrides '{{\"{STAGES_KEY}\": [{said}]}}' (and on a CPU --block-size 32)"
         )
 
 

@@ -90,6 +90,7 @@ def test_prompt_logprobs_are_refused_with_a_reduction_in_the_decoder(server: Ser
 def test_about_reduction(server: Server) -> None:
     about = server.http.get("/v1/reduction").json()
     assert about["model"]["decoder_stages"] == [2, 4]
+    assert about["model"]["kv_block_size"] == 32
     assert about["model"]["kv_cache_groups"] == [1, 1, 1]
     methods = {method["name"]: method for method in about["methods"]}
     assert methods["ficoco-vl"]["places"] == ["tower", "decoder"]

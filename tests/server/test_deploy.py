@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -96,7 +97,9 @@ def prometheus(server: Server, tmp_path: Path) -> Iterator[str]:
     job["static_configs"] = [{"targets": [server.url.removeprefix("http://")]}]
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
     shutil.copy(DEPLOY / "prometheus/alerts.yml", tmp_path)
-    port = int(server.url.rsplit(":", 1)[1]) + 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     flags = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
     process = subprocess.Popen(
         [command, *flags, f"--web.listen-address=127.0.0.1:{port}"], stderr=subprocess.DEVNULL

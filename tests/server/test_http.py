@@ -352,6 +352,7 @@ def test_about_reduction(server: Server) -> None:
         "tower_layers": 9,
         "has_cls": True,
         "decoder_stages": [],
+        "kv_block_size": 128,  # vLLM's choice for CPUs
         "kv_cache_groups": [1],
         "kv_cache_bytes_per_token": KV_BYTES,
     }
@@ -531,6 +532,27 @@ def test_input_image_parts_keep_working(server: Server) -> None:
         answer = server.http.post("/v1/chat/completions", json=chat)
         assert answer.status_code == 200, answer.text
         assert answer.json()["reduction"]["visual_tokens_kept"] == kept
+
+
+def test_the_responses_api_drops_images_behind_an_assistants_text(server: Server) -> None:
+    """As in vLLM; a setting on such an image would be lost, so it is refused."""
+
+    def ask(**said: Any) -> httpx.Response:
+        parts = [{"type": "input_text", "text": "a"}, input_image(60, **said)]
+        body = {
+            "model": MODEL,
+            "max_output_tokens": 2,
+            "visual_token_budget": 9,
+            "input": [{"role": "assistant", "content": parts}, *turn(input_image(61))],
+        }
+        return server.http.post("/v1/responses", json=body)
+
+    answer = ask()
+    assert answer.status_code == 200, answer.text
+    assert [i["visual_tokens_kept"] for i in answer.json()["reduction"]["images"]] == [9]
+    refused = ask(visual_token_budget=20)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "input[0].content[1].visual_token_budget"
 
 
 @pytest.mark.parametrize("role", ["system", "assistant", "user"])

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import REGISTRY
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 
 from ficoco_server import cli, metrics
 from ficoco_server.api_router import Guard, _refusal
@@ -79,6 +80,10 @@ def test_two_settings_of_one_image_must_be_the_same() -> None:
     other = body({**image(visual_token_budget=9), "visual_token_budget": 64})
     misplaced = take_settings(other, "messages")[1].misplaced
     assert misplaced is not None and misplaced.said == {"visual_token_budget": 64}
+    for outer, inner in (("auto", "low"), ("low", "auto")):  # auto says nothing
+        given = body({**image(detail=inner), "detail": outer})
+        [level] = take_settings(given, "messages")[1].images
+        assert level.said == {"detail": "low"}
 
 
 def test_vllm_does_not_see_them() -> None:
@@ -519,12 +524,29 @@ def test_stages_come_with_blocks_that_fit_into_an_image(
     monkeypatch: pytest.MonkeyPatch, flags: list[str], size: int
 ) -> None:
     """vLLM's own choice for CPUs is 128 tokens, of which no image of 144 need have a whole one."""
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: True)
     started: list[Any] = []
     monkeypatch.setattr(ServeSubcommand, "cmd", started.append)
     cli.serve(["tiny-llava", *flags], [2, 4])
     [args] = started
     assert args.block_size == size and args.scheduler_cls == SCHEDULER
     assert args.hf_overrides == {"reduction_stages": [2, 4]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "backend"), [([], "TRITON_ATTN"), (["--attention-backend=FLASH_ATTN"], "FLASH_ATTN")]
+)
+def test_stages_on_a_gpu_come_with_what_they_are_known_to_work_with(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], backend: str
+) -> None:
+    """Another backend is refused by the model, with a message, not replaced."""
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda _: True)
+    started: list[Any] = []
+    monkeypatch.setattr(ServeSubcommand, "cmd", started.append)
+    cli.serve(["tiny-llava", *flags], [2, 4])
+    [args] = started
+    assert args.enforce_eager
+    assert getattr(args.attention_backend, "name", args.attention_backend) == backend
 
 
 def test_stages_that_plain_vllm_would_not_have_stop_the_start() -> None:

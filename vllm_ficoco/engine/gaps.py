@@ -10,8 +10,8 @@ image's positions, and the whole blocks in between are the gap: never allocated,
     text  | k k k k k k k k|- - - - - - - - - - - |k k k| text
           |        an image of which k is kept           |
 
-Only whole blocks can be left out, so up to ``2 * block_size - 1`` more tokens are kept than were
-asked for of each image. They are real tokens, used, reported and counted.
+Only whole blocks can be left out, so tokens of up to two blocks more are kept than were asked
+for of each image. They are real tokens, used, reported and counted.
 """
 
 from __future__ import annotations
