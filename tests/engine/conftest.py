@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.checkpoints import random_llava
@@ -65,6 +66,7 @@ class Engine:
                 "limit_mm_per_prompt": {"image": 3},
                 "disable_log_stats": False,
                 "seed": 0,
+                **({"gpu_memory_utilization": 0.2} if torch.cuda.is_available() else {}),
                 **options,
             },
         )
