@@ -404,7 +404,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("runs/tiny-llava"), help="also where to go on from")
     add("--init", type=Path, help="start from this checkpoint instead of from nothing")
     add("--see-images", type=int, default=60_000, help="of the first stage")
-    add("--images", type=int, default=160_000, help="of the second stage")
+    add("--images", type=int, default=72_000, help="of the second stage")
     add("--batch", type=int, default=32)
     add("--rate", type=float, default=1e-3, help="AdamW's; Muon's is ten times that")
     add("--tower-rate", type=float, default=0.3, help="its share of that in the second stage")
