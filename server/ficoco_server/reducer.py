@@ -218,6 +218,7 @@ class Reducer:
     def describe(self) -> dict[str, Any]:
         """The answer to ``GET /v1/reduction``."""
         geometry, policy = self.geometry, self.policy
+        stages = len(getattr(geometry, "starts", ()))
         if isinstance(geometry, UnsupportedModel):
             support: dict[str, Any] = {"supported": False, "reason": str(geometry)}
             details: dict[str, Any] = {"low": None, "high": None}
@@ -246,7 +247,12 @@ class Reducer:
                 "detail": details,
             },
             "policy": {
-                "methods": [m for m in METHODS if m in {*policy.methods, NO_REDUCTION}],
+                "methods": [
+                    name
+                    for name, method in METHODS.items()
+                    if name in (*policy.methods, NO_REDUCTION)
+                    and (method.decoder is None or method.decoder.least_stages <= stages)
+                ],
                 "min_budget": policy.min_budget,
                 "max_budget": policy.max_budget,
             },
