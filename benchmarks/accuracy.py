@@ -190,6 +190,11 @@ def held_out(questions: int) -> list[tuple[Scene, Question]]:
     return asked[:questions]
 
 
+def path_of(model: str) -> str:
+    """What vLLM loads: the shipped model may be called by its name."""
+    return str(CHECKPOINT) if model == "tiny-llava" else model
+
+
 # --- Asking -------------------------------------------------------------------------------------
 
 
@@ -324,7 +329,7 @@ class Engine:
 
                 CPUAttentionBackend.get_supported_kernel_block_sizes = lambda *_: [block]
         llm = LLM(
-            model=str(CHECKPOINT) if model == "tiny-llava" else model,
+            model=path_of(model),
             max_model_len=512,
             dtype="float32",
             enforce_eager=True,
@@ -566,7 +571,7 @@ def conditions_of(
     model: str, block: int, asked: Sequence[tuple[Scene, Question]]
 ) -> dict[str, Any]:
     """What answers in one folder must have in common, but for the setting."""
-    folder = CHECKPOINT if model == "tiny-llava" else Path(model)
+    folder = Path(path_of(model))
     weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     drawn = hashlib.sha256()
     scene, first = asked[0]

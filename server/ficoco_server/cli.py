@@ -153,6 +153,8 @@ def serve(rest: Sequence[str], stages: Sequence[int] = ()) -> None:
         parser.error("budgets need vLLM's HTTP server in Python: not --grpc, not the Rust frontend")
     _resolve_tiny(args)
     if stages:
+        from vllm.platforms import current_platform
+
         from vllm_ficoco.engine.checks import SCHEDULER
         from vllm_ficoco.vision.geometry import STAGES_KEY
 
@@ -160,8 +162,6 @@ def serve(rest: Sequence[str], stages: Sequence[int] = ()) -> None:
             parser.error("--reduction-stages brings a scheduler of its own: not --scheduler-cls")
         args.scheduler_cls = SCHEDULER
         args.hf_overrides = {**(args.hf_overrides or {}), STAGES_KEY: list(stages)}
-        from vllm.platforms import current_platform
-
         if args.block_size is None and current_platform.is_cpu():
             args.block_size = 32  # vLLM's choice for CPUs, 128, is most of an image
         if current_platform.is_cuda():  # the one way that is known to work, see engine/checks.py

@@ -123,6 +123,19 @@ class Engine:
         return request.num_computed_tokens, len(blocks[0])
 
 
+def check_samples(engine: Engine, settings: dict[str, Any]) -> None:
+    """Samples of a reduced prompt are those of single requests: vLLM counts the seed up."""
+
+    def ask(**sampling: Any) -> Ask:
+        return Ask([6], [settings], sampling={"temperature": 0.8, **sampling})
+
+    (several,) = engine.generate([ask(n=3, seed=5)])
+    alone = engine.generate([ask(seed=seed) for seed in (5, 6, 7)])
+    made = [list(output.token_ids) for output in several.outputs]
+    assert made == [list(output.outputs[0].token_ids) for output in alone]
+    assert made[0] != made[1]
+
+
 @pytest.fixture(scope="session")
 def clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_llava(tmp_path_factory.mktemp("clip"), "clip")

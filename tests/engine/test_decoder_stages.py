@@ -18,7 +18,15 @@ import pytest
 import torch
 
 from tests.checkpoints import random_llava
-from tests.engine.conftest import BLOCK, NEW_TOKENS, Ask, Engine, make_engine, picture
+from tests.engine.conftest import (
+    BLOCK,
+    NEW_TOKENS,
+    Ask,
+    Engine,
+    check_samples,
+    make_engine,
+    picture,
+)
 from tests.reference.decoder import CHOOSE, Answer, Choose, answer
 from tests.reference.llava import ReferenceLlava
 from vllm_ficoco.engine import decoder
@@ -342,16 +350,7 @@ def test_a_later_image_is_part_of_what_an_earlier_one_keeps(
 
 
 def test_samples_of_a_reduced_prompt_are_those_of_single_requests(staged: Engine) -> None:
-    """vLLM counts the seed up from sample to sample."""
-
-    def ask(**sampling: Any) -> Ask:
-        return Ask([6], [wish("ficoco-l", 70, 40, 20)], sampling={"temperature": 0.8, **sampling})
-
-    (several,) = staged.generate([ask(n=3, seed=5)])
-    alone = staged.generate([ask(seed=seed) for seed in (5, 6, 7)])
-    made = [list(output.token_ids) for output in several.outputs]
-    assert made == [list(output.outputs[0].token_ids) for output in alone]
-    assert made[0] != made[1]
+    check_samples(staged, wish("ficoco-l", 70, 40, 20))
 
 
 @pytest.mark.parametrize("tokens", [1, NEW_TOKENS])

@@ -517,6 +517,15 @@ def test_what_the_command_cannot_serve_with(
     assert f"not {flags[0]}" in capsys.readouterr().err
 
 
+def started_with_stages(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> Any:
+    """vLLM's arguments, with which the command would start a server."""
+    started: list[Any] = []
+    monkeypatch.setattr(ServeSubcommand, "cmd", started.append)
+    cli.serve(["tiny-llava", *flags], [2, 4])
+    [args] = started
+    return args
+
+
 @pytest.mark.parametrize(
     ("flags", "size"), [([], 32), (["--block-size=64"], 64)], ids=["by default", "as said"]
 )
@@ -525,10 +534,7 @@ def test_stages_come_with_blocks_that_fit_into_an_image(
 ) -> None:
     """vLLM's own choice for CPUs is 128 tokens, of which no image of 144 need have a whole one."""
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: True)
-    started: list[Any] = []
-    monkeypatch.setattr(ServeSubcommand, "cmd", started.append)
-    cli.serve(["tiny-llava", *flags], [2, 4])
-    [args] = started
+    args = started_with_stages(monkeypatch, flags)
     assert args.block_size == size and args.scheduler_cls == SCHEDULER
     assert args.hf_overrides == {"reduction_stages": [2, 4]}
 
@@ -541,10 +547,7 @@ def test_stages_on_a_gpu_come_with_what_they_are_known_to_work_with(
 ) -> None:
     """Another backend is refused by the model, with a message, not replaced."""
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda _: True)
-    started: list[Any] = []
-    monkeypatch.setattr(ServeSubcommand, "cmd", started.append)
-    cli.serve(["tiny-llava", *flags], [2, 4])
-    [args] = started
+    args = started_with_stages(monkeypatch, flags)
     assert args.enforce_eager
     assert getattr(args.attention_backend, "name", args.attention_backend) == backend
 

@@ -47,10 +47,14 @@ class Left(NamedTuple):
     """(n,) ascending, on the host: which rows of the whole batch."""
     row: Tensor
     """(n,) the same on the device."""
+    starts_on_host: Tensor
+    """(requests + 1,) where requests begin among the rows that are left."""
     starts: Tensor
-    """(requests + 1,) on the host: where requests begin among the rows that are left."""
+    """The same on the device."""
+    longest: int
+    """Rows of the request that has most of them."""
     requests: list[int]
-    """Where they begin among all rows."""
+    """Where requests begin among all rows."""
 
 
 class Pattern(NamedTuple):
@@ -98,9 +102,12 @@ def pattern_of(
     index = left.nonzero()[:, 0]
     if len(index) == rows:
         return Pattern(order, lengths, None)
-    row = index.to(ids.device, non_blocking=True)
-    starts = torch.nn.functional.pad(left.cumsum(0), (1, 0))[start_on_host]
-    return Pattern(order, lengths, Left(index, row, starts, start_on_host.tolist()))
+    left_before = torch.nn.functional.pad(left.cumsum(0), (1, 0))
+    starts_on_host = left_before[start_on_host].to(common.query_start_loc_cpu.dtype)
+    row, starts = (x.to(ids.device, non_blocking=True) for x in (index, starts_on_host))
+    longest = int(starts_on_host.diff().max())
+    begin = start_on_host.tolist()
+    return Pattern(order, lengths, Left(index, row, starts_on_host, starts, longest, begin))
 
 
 def without_gaps(
@@ -125,14 +132,12 @@ def without_gaps(
     torch.gather(ids, 1, pattern.order, out=new.block_table_tensor)
     if pattern.left is None:
         return new, None
-    index, row, starts, begin = pattern.left
-    new.query_start_loc_cpu = starts.to(common.query_start_loc_cpu.dtype)
-    new.query_start_loc = new.query_start_loc_cpu.to(ids.device, non_blocking=True)
-    new.num_actual_tokens = len(index)
-    new.max_query_len = int(starts.diff().max())
-    new.slot_mapping = common.slot_mapping[row]
-    new.positions = None if common.positions is None else common.positions[row]
-    return new, Rows(index, new.slot_mapping, begin)
+    left = pattern.left
+    new.query_start_loc_cpu, new.query_start_loc = left.starts_on_host, left.starts
+    new.num_actual_tokens, new.max_query_len = len(left.index), left.longest
+    new.slot_mapping = common.slot_mapping[left.row]
+    new.positions = None if common.positions is None else common.positions[left.row]
+    return new, Rows(left.index, new.slot_mapping, left.requests)
 
 
 @dataclass

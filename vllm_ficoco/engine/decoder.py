@@ -75,6 +75,8 @@ class Image:
     places: Tensor
     """(n,) places on the grid of the tokens that are left by now."""
     lot: Tensor
+    looks_at_question: bool
+    """Whether its method reads the text behind it."""
 
 
 class Batch(NamedTuple):
@@ -212,7 +214,8 @@ class StagedDecoder:
         last = len(part.steps) - 1
         steps = {stage: part.steps[min(place, last)] for place, stage in enumerate(stages)}
         end = start + len(tokens)
-        return Image(start, end, tokens.reduction, steps, tokens.places, tokens.lot)
+        looks = part.looks_at_question
+        return Image(start, end, tokens.reduction, steps, tokens.places, tokens.lot, looks)
 
     def __call__(
         self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
@@ -267,8 +270,7 @@ class StagedDecoder:
             had, has = range(*came), range(*run_on)
             if len(has) in (0, len(had)):
                 continue  # nothing to choose
-            part = image.reduction.spec.decoder
-            looks = part is not None and part.looks_at_question
+            looks = image.looks_at_question
             text = self._text_behind(image, before, rows, had.stop) if looks else NO_TEXT
             kind = (image.reduction, len(had), len(has), len(text))
             alike.setdefault(kind, []).append(Leaving(image, had, has, text))

@@ -359,9 +359,8 @@ def train(args: argparse.Namespace) -> None:
                 )
                 if not done:
                     state["tools"] = [tool.state_dict() for tool in tools]
-                save(
-                    llava, args.out
-                )  # first: once the state says "finished", nothing is done again
+                # First: once the state says "finished", nothing is done again.
+                save(llava, args.out)
                 torch.save({**state, "pupil": pupil.state_dict()}, file.with_suffix(".new"))
                 file.with_suffix(".new").replace(file)  # never half a file
                 saved_at = time.monotonic()
