@@ -8,6 +8,8 @@ import base64
 import io
 import json
 import random
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ficoco_server.metrics import VISUAL_TOKENS, Observation, Prefilled
 from tests.server.conftest import (
     API_KEY,
     MODEL,
@@ -294,3 +297,24 @@ def test_colour_in_16_bits_stays_as_it_is(server: Server) -> None:
     assert {answer.status_code for answer in answers} == {200}
     first, second = (answer.json()["choices"][0]["message"]["content"] for answer in answers)
     assert first == second
+
+
+async def test_a_request_that_fails_at_once_has_prefilled_nothing() -> None:
+    def counted() -> float:
+        return VISUAL_TOKENS.labels("kept", "topk")._value.get()
+
+    async def engine(token_ids: list[int]) -> AsyncIterator[Any]:
+        output = SimpleNamespace(index=0, token_ids=token_ids, finish_reason="error")
+        yield SimpleNamespace(metrics=None, outputs=[output])
+
+    async def context(token_ids: list[int]) -> AsyncIterator[Any]:  # of the responses API
+        async for result in engine(token_ids):
+            yield SimpleNamespace(last_output=result)
+
+    for results in (engine, context):
+        for token_ids, prefilled in (([], 0), ([1], 7)):
+            before, seen = counted(), Observation()
+            seen.describe([Prefilled("topk", {"kept": 7}, 1, 1)])
+            async for _ in seen.results(results(token_ids), streaming=True):
+                pass
+            assert counted() == before + prefilled
