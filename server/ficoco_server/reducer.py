@@ -32,6 +32,7 @@ class Reducer:
         self.policy = policy
         self.model_name = model.served_model_name
         self.block_size = vllm_config.cache_config.block_size
+        self.encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self.geometry: Geometry | UnsupportedModel
         try:
             if model.architecture not in MODELS:
@@ -74,6 +75,7 @@ class Reducer:
             settings = settle(
                 self.policy, request.level, [Level()] * earlier + [*images], self.geometry
             )
+            self._refuse_too_many(request, settings)
             logprobs = getattr(request, "prompt_logprobs", None)
             if logprobs is not None and any(r and r.spec.decoder for r in settings):
                 raise SettingsError(
@@ -83,6 +85,28 @@ class Reducer:
         except SettingsError as error:
             request._seen.method = INVALID
             raise VLLMValidationError(str(error), parameter=error.field) from None
+
+    def _refuse_too_many(
+        self, request: ReductionFields, settings: Sequence[Reduction | None]
+    ) -> None:
+        """Refuse images that would wait for one another for ever.
+
+        Where a method reads the question, all images of the prompt must run in the step that the
+        question runs in, and how many images a step encodes is limited.
+        """
+        reading = [
+            r.method for r in settings if r and (d := r.spec.decoder) and d.looks_at_question
+        ]
+        if not reading or isinstance(self.geometry, UnsupportedModel):
+            return
+        fit = self.geometry.images_at_once(self.encoder_tokens)
+        if len(settings) > fit:
+            raise SettingsError(
+                "messages" if hasattr(request, "messages") else "input",
+                f"{len(settings)} images",
+                f"{fit} images or fewer with method {reading[0]}, which reads the question: they "
+                "are encoded in one step (--max-num-batched-tokens of the server)",
+            )
 
     @staticmethod
     def _refuse_hidden(request: ReductionFields) -> None:
