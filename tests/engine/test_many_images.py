@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from vllm.exceptions import VLLMValidationError
 
 from tests.checkpoints import random_llava
 from tests.engine.conftest import BLOCK, NEW_TOKENS, Ask, Engine, make_engine, picture
@@ -79,7 +80,7 @@ def watched(engine: Engine) -> Iterator[list[Step]]:
 def many(images: Sequence[int], **sampling: Any) -> Ask:
     """Budgets from 1 to 7 in turn, and methods of every place of the tower."""
     methods = ("ficoco-v", "topk", "visionzip", "uniform")
-    settings = [{"method": methods[i % 4], "budget": 1 + i % 7} for i in range(len(images))]
+    settings = [{"method": methods[i % 4], "budget": 1 + i % 7} for i in images]
     return Ask(images, settings, sampling={**FIRST_LOGITS, **sampling})
 
 
@@ -109,12 +110,11 @@ def check(reference: ReferenceLlava, ask: Ask, output: Any) -> None:
 def test_a_step_encodes_no_more_images_than_if_they_were_whole(
     engine: Engine, reference: ReferenceLlava
 ) -> None:
-    """Sixty images hold 240 tokens, which a step could prefill; another stream goes on meanwhile.
+    """Forty images hold 160 tokens, which a step could prefill; another stream goes on meanwhile.
 
     Equal images are encoded once, and the positions of all are right.
     """
-    ask = many([*range(50), *range(10)])
-    ask = Ask(ask.images, [*ask.settings[:50], *ask.settings[:10]], sampling=ask.sampling)
+    ask = many([*range(28), *range(12)])
     free = engine.free_blocks
     engine.add(Ask(), "stream", max_tokens=60)
     engine.llm.llm_engine.step()
@@ -122,9 +122,9 @@ def test_a_step_encodes_no_more_images_than_if_they_were_whole(
         engine.add(ask, "many")
         outputs = finished(engine)
     encoding = [sum(map(len, step.images.values())) for step in steps]
-    assert max(encoding) == AT_ONCE and sum(encoding) == 50
+    assert max(encoding) == AT_ONCE and sum(encoding) == 28
     while_many_ran = [step for step in steps if "many" in step.tokens]
-    assert len(while_many_ran) >= 50 // AT_ONCE + NEW_TOKENS - 1
+    assert len(while_many_ran) >= 28 // AT_ONCE + NEW_TOKENS - 1
     assert all(step.tokens["stream"] == 1 for step in while_many_ran)
     check(reference, ask, outputs["many"])
     assert len(outputs["stream"].outputs[0].token_ids) == 60
@@ -189,21 +189,22 @@ def test_without_reductions_the_schedule_is_vllms(
 def test_with_decoder_stages(tmp_path: Path) -> None:
     """A method that reads the question must have all images in one step: more are an error."""
     checkpoint = random_llava(tmp_path / "model", decoder_layers=6)
-    limits = {"max_num_batched_tokens": 1024, "limit_mm_per_prompt": {"image": 12}}  # 7 at once
+    limits = {"max_num_batched_tokens": 512, "max_model_len": 512}  # three at once
+    limits["limit_mm_per_prompt"] = {"image": 5}
     with contextmanager(make_engine)(checkpoint, **{**STAGED, **limits}) as engine:
         reference = ReferenceLlava(str(checkpoint))
-        twelve = [wish("vitcop", 70, 40, 10), {"method": "topk", "budget": 3}] * 6
+        five = [wish("vitcop", 70, 40, 10), {"method": "topk", "budget": 3}]
+        reads_question = wish("ficoco-vl", 70, 60, 50, 0)
         asks = [
-            Ask(range(12), twelve, sampling=FIRST_LOGITS),
-            Ask(range(7), [wish("ficoco-vl", 70, 60, 50, 0)] * 7, sampling=FIRST_LOGITS),
-            Ask(),
+            Ask(range(5), [*five, *five, None], sampling=FIRST_LOGITS),
+            Ask(range(3), [reads_question] * 3, sampling=FIRST_LOGITS),
+            Ask(sampling=FIRST_LOGITS),
         ]
-        asks[-1] = Ask(sampling=FIRST_LOGITS)
         with watched(engine) as steps:
             check_staged(engine, reference, asks)
-        assert max(sum(map(len, step.images.values())) for step in steps) == 7
+        assert max(sum(map(len, step.images.values())) for step in steps) == 3
         free = engine.free_blocks
-        too_many = Ask(range(8), [wish("ficoco-vl", 70, 60, 50, 0)] * 8)
+        too_many = Ask(range(4), [reads_question] * 4)
         (output,) = engine.generate([too_many])
         assert output.outputs[0].finish_reason == "error"
         assert engine.free_blocks == free and not engine.scheduler.plans
@@ -225,10 +226,10 @@ def test_reduced_images_fit_a_model_shorter_than_an_image(tmp_path: Path, stages
         ]
         free = engine.free_blocks
         for whole in (Ask([1]), Ask([1, 2], [settings[0], None]), Ask([1], [{"budget": 125}])):
-            with pytest.raises(ValueError, match="maximum model length"):
+            with pytest.raises(VLLMValidationError, match="maximum model length"):
                 engine.generate([whole])
         if stages:  # whose images enter the decoder whole
-            with pytest.raises(ValueError, match="maximum model length"):
+            with pytest.raises(VLLMValidationError, match="maximum model length"):
                 engine.generate([Ask([1], [wish("fastv", 48)])])
             asks.append(Ask([3], [wish("ficoco-vl", 90, 60, 30, 0)], sampling=FIRST_LOGITS))
             check_staged(engine, reference, asks)

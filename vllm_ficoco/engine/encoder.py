@@ -13,8 +13,6 @@ Memory is still counted by what images hold, and images that are not reduced are
 
 from __future__ import annotations
 
-from collections import Counter
-
 from vllm.config import VllmConfig
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
@@ -43,8 +41,8 @@ class TowerBudget(EncoderCacheManager):
         self.asked = 0
         """Beyond what they hold, the tower makes so many tokens of the images that may be encoded
         for the request that is looked at."""
-        self.spent: Counter[str] = Counter()
-        """The same for those that will be encoded in this step, by request."""
+        self.spent = 0
+        """The same for those that will be encoded in this step."""
 
     @classmethod
     def create_manager(cls, *, cache_size: int, vllm_config: VllmConfig) -> TowerBudget:
@@ -66,7 +64,7 @@ class TowerBudget(EncoderCacheManager):
         if not num_embeds_to_schedule:  # the first of a request
             self.asked = 0
         left = self._left_in_tower(request, input_id)
-        encoder_compute_budget -= self.spent.total() + self.asked + left
+        encoder_compute_budget -= self.spent + self.asked + left
         if not super().can_allocate(
             request, input_id, encoder_compute_budget, num_embeds_to_schedule
         ):
@@ -77,18 +75,9 @@ class TowerBudget(EncoderCacheManager):
     def allocate(self, request: Request, input_id: int) -> None:
         """As vLLM's: the image will be encoded in this step."""
         super().allocate(request, input_id)
-        self.spent[request.request_id] += self._left_in_tower(request, input_id)
-
-    def free(self, request: Request) -> None:
-        """As vLLM's; a request that is preempted encodes nothing."""
-        super().free(request)
-        self.spent.pop(request.request_id, None)
-
-    def reset(self) -> None:
-        super().reset()
-        self.spent.clear()
+        self.spent += self._left_in_tower(request, input_id)
 
     def get_freed_mm_hashes(self) -> list[str]:
         """As vLLM's, which asks when a step is complete."""
-        self.spent.clear()
+        self.spent = 0
         return super().get_freed_mm_hashes()
