@@ -6,7 +6,6 @@ That engines run by it is in tests/engine/test_many_images.py.
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
