@@ -145,7 +145,7 @@ def stages(folder: Path, rounds: int, requests: int) -> None:
 
 
 MANAGERS = {
-    "what they keep (vLLM's encoder cache manager)": "vllm.v1.core.encoder_cache_manager.EncoderCacheManager",
+    "what they keep (vLLM)": "vllm.v1.core.encoder_cache_manager.EncoderCacheManager",
     "what the tower makes (ours)": ENCODER_CACHE_MANAGER,
 }
 IMAGES = 200
