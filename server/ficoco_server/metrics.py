@@ -162,7 +162,8 @@ class Observation:
         try:
             async for result in generator:
                 stats = getattr(result, "request_metrics", getattr(result, "metrics", None))
-                self._start()
+                if not self._started and _has_tokens(result):
+                    self._start()
                 if streaming:
                     self._tick(result)
                 yield result
@@ -182,8 +183,6 @@ class Observation:
 
     def _start(self) -> None:
         """The prompt is in the KV cache: its tokens count."""
-        if self._started:
-            return
         self._started = True
         for method, tokens, bytes_saved, blocks_saved in self._images:
             for stage, count in tokens.items():
@@ -213,6 +212,16 @@ class Observation:
         if gaps > 0:
             mean = (stats.last_token_ts - stats.first_token_ts) / gaps
             INTER_TOKEN_LATENCY.labels(self.method, self.budget).observe(mean)
+
+
+def _has_tokens(result: Any) -> bool:
+    """Whether the engine has made something; a request that fails at once ends without.
+
+    Args:
+        result: vLLM's, or a context of the responses API, which holds the last one.
+    """
+    outputs = getattr(getattr(result, "last_output", result), "outputs", None)
+    return outputs is None or any(output.token_ids for output in outputs)
 
 
 def _outcome(response: Any) -> Outcome:

@@ -33,6 +33,7 @@ class Reducer:
         self.model_name = model.served_model_name
         self.block_size = vllm_config.cache_config.block_size
         self.encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self.context: int = model.max_model_len
         self.geometry: Geometry | UnsupportedModel
         try:
             if model.architecture not in MODELS:
@@ -75,7 +76,6 @@ class Reducer:
             settings = settle(
                 self.policy, request.level, [Level()] * earlier + [*images], self.geometry
             )
-            self._refuse_too_many(request, settings)
             logprobs = getattr(request, "prompt_logprobs", None)
             if logprobs is not None and any(r and r.spec.decoder for r in settings):
                 raise SettingsError(
@@ -85,28 +85,6 @@ class Reducer:
         except SettingsError as error:
             request._seen.method = INVALID
             raise VLLMValidationError(str(error), parameter=error.field) from None
-
-    def _refuse_too_many(
-        self, request: ReductionFields, settings: Sequence[Reduction | None]
-    ) -> None:
-        """Refuse images that would wait for one another for ever.
-
-        Where a method reads the question, all images of the prompt must run in the step that the
-        question runs in, and how many images a step encodes is limited.
-        """
-        reading = [
-            r.method for r in settings if r and (d := r.spec.decoder) and d.looks_at_question
-        ]
-        if not reading or isinstance(self.geometry, UnsupportedModel):
-            return
-        fit = self.geometry.images_at_once(self.encoder_tokens)
-        if len(settings) > fit:
-            raise SettingsError(
-                "messages" if hasattr(request, "messages") else "input",
-                f"{len(settings)} images",
-                f"{fit} images or fewer with method {reading[0]}, which reads the question: they "
-                "are encoded in one step (--max-num-batched-tokens of the server)",
-            )
 
     @staticmethod
     def _refuse_hidden(request: ReductionFields) -> None:
@@ -123,6 +101,100 @@ class Reducer:
                 raise SettingsError(
                     f"mm_processor_kwargs.{key}", inner[key], f"the request's own field {key}"
                 )
+
+    def refuse_too_long(
+        self,
+        request: ReductionFields,
+        settings: Sequence[Reduction | None],
+        embeds: Sequence[bool],
+        engine_input: Any,
+    ) -> None:
+        """Refuse a prompt with images that the model cannot take, and say which budget would do.
+
+        vLLM refuses it a step later; but it knows nothing of budgets.
+
+        Raises:
+            VLLMValidationError: the prompt is too long.
+        """
+        prompt = len(engine_input["prompt_token_ids"])
+        if prompt < self.context or not settings:
+            return
+        places = (engine_input.get("mm_placeholders") or {}).get("image", [])
+        visual = sum(place.length for place in places)
+        whole = sum(place.length for place, given in zip(places, embeds, strict=False) if given)
+        images = len(places) - sum(embeds)
+        message = (
+            f"The prompt is too long: {prompt} tokens, {visual} of them visual tokens of "
+            f"{_counted(len(places), 'image')}, and this model takes {self.context}, with at least "
+            "one of the answer among them."
+        )
+        if images and not isinstance(self.geometry, UnsupportedModel):
+            room = self.context - 1 - (prompt - visual) - whole
+            message += f" {self._what_would_fit(settings, images, room)}"
+        raise VLLMValidationError(message, parameter=request.turns)
+
+    def refuse_too_many(
+        self,
+        request: ReductionFields,
+        settings: Sequence[Reduction | None],
+        embeds: Sequence[bool],
+        engine_input: Any,
+    ) -> None:
+        """Refuse images that would wait for one another for ever.
+
+        Where a method reads the question, all images of the prompt must run in the step that the
+        question runs in, and how many images a step encodes is limited.
+
+        Raises:
+            VLLMValidationError: they are more.
+        """
+        reading = [
+            r.method for r in settings if r and (d := r.spec.decoder) and d.looks_at_question
+        ]
+        if not reading or isinstance(self.geometry, UnsupportedModel):
+            return
+        fit, tokens = self.geometry.images_at_once(self.encoder_tokens), self.geometry.tokens
+        places, hashes = (engine_input[key]["image"] for key in ("mm_placeholders", "mm_hashes"))
+        encoded = {  # an image that comes twice is encoded once, embeddings are not
+            one: place.length if given else tokens
+            for one, place, given in zip(hashes, places, embeds, strict=True)
+        }
+        if sum(encoded.values()) > fit * tokens:
+            error = SettingsError(
+                request.turns,
+                _counted(len(encoded), "image"),
+                f"{_counted(fit, 'image')} or fewer with method {reading[0]}, which reads the "
+                "question: they are encoded in one step (--max-num-batched-tokens of the server)",
+            )
+            raise VLLMValidationError(str(error), parameter=error.field)
+
+    def _what_would_fit(self, settings: Sequence[Reduction | None], images: int, room: int) -> str:
+        """The largest budget of images that have so many tokens of a prompt to share, in words."""
+        policy = self.policy
+        late = [r.method for r in settings if r and r.spec.decoder]
+        early = [name for name in policy.methods if METHODS[name].place != "nowhere"]
+        early = [name for name in early if METHODS[name].decoder is None]
+        if not early:
+            return f"{images} images that keep all their tokens do not fit; send fewer."
+        method = policy.default_method if policy.default_method in early else early[0]
+        budget = min(room // images, policy.max_budget or room)
+        if budget < policy.min_budget:
+            most = max(room, 0) // policy.min_budget
+            return (
+                f"At the smallest budget of this server, {policy.min_budget}, at most "
+                f"{_counted(most, 'image')} would fit."
+            )
+        if late or method != policy.default_method:
+            said = f'reduction {{"method": "{method}", "budget": {budget}}}'
+        else:
+            said = f"visual_token_budget {budget}"
+        why = (
+            f" {late[0]} reduces inside the decoder: images enter it with more tokens than their "
+            "budget, or with all."
+            if late
+            else ""
+        )
+        return f"With {said} or less for every image it would fit.{why}"
 
     def report(
         self, settings: Sequence[Reduction | None], embeds: Sequence[bool], engine_input: Any
@@ -292,3 +364,7 @@ class Reducer:
                 for method in METHODS.values()
             ],
         }
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

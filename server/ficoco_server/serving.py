@@ -15,6 +15,7 @@ from copy import copy
 from typing import Any, TypeVar
 
 import vllm.envs as envs
+from openai.types.responses import ResponseOutputMessage
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
@@ -22,12 +23,14 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse, PromptTokenUsa
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from ficoco_server.media import load_images_with_ours
 from ficoco_server.plugin import MODEL_PLUGIN, NAME
 from ficoco_server.policy import Policy, PolicyError
 from ficoco_server.protocol import ReductionFields
 from ficoco_server.reducer import Reducer
+from ficoco_server.sent import remember_what_is_sent
 from vllm_ficoco.engine.checks import SCHEDULER
-from vllm_ficoco.settings import REDUCTION_KEY
+from vllm_ficoco.settings import REDUCTION_KEY, SettingsError
 from vllm_ficoco.vision.geometry import STAGES_KEY
 
 T = TypeVar("T")
@@ -50,6 +53,8 @@ def install(engine_client: Any, state: Any) -> None:
     renderer.reducer = reducer
     renderer.trusting = copy(chat.online_renderer)
     renderer.trusting.trust_request_mm_kwargs = True
+    remember_what_is_sent(engine_client)
+    load_images_with_ours()
     state.openai_serving_chat = _adopt(ReductionChat, chat)
     state.openai_serving_responses = _adopt(ReductionResponses, responses)
     for handler in (state.openai_serving_chat, state.openai_serving_responses):
@@ -99,18 +104,34 @@ class ReductionRenderer(OnlineRenderer):
             )
             ours = [reduction and reduction.model_dump() for reduction in settings]
             request.mm_processor_kwargs = {**(theirs or {}), REDUCTION_KEY: ours}
-            try:
-                rendered = await self.trusting.preprocess_chat(request, messages, *args, **kwargs)
-            finally:
-                request.mm_processor_kwargs = theirs
+            render = self.trusting.preprocess_chat
         else:
-            rendered = await super().preprocess_chat(request, messages, *args, **kwargs)
+            render = super().preprocess_chat
+        try:
+            rendered = await render(request, messages, *args, **kwargs)
+        except AssertionError as error:  # vLLM has not found an image's place in the prompt
+            cut = _cut_off(request) if settings else None
+            raise cut or error from error
+        finally:
+            request.mm_processor_kwargs = theirs
         (engine_input,) = rendered[1]
         asked = request._asked.images
         embeds = [False] * (len(settings) - len(asked)) + [image.embeds for image in asked]
+        self.reducer.refuse_too_long(request, settings, embeds, engine_input)
+        self.reducer.refuse_too_many(request, settings, embeds, engine_input)
         request._report = self.reducer.report(settings, embeds, engine_input)
         request._seen.describe(self.reducer.prefilled(request._report))
         return rendered
+
+    async def render_responses(self, request: Any, **kwargs: Any) -> Any:
+        """As in vLLM, which takes for granted that an earlier answer begins with text."""
+        for i, item in enumerate(request.input if isinstance(request.input, list) else ()):
+            if not isinstance(item, ResponseOutputMessage):
+                continue
+            if not hasattr(next(iter(item.content), None), "text"):
+                said = [part.model_dump() for part in item.content[:1]]
+                raise _refused(f"input[{i}].content", said, "a list that begins with text")
+        return await super().render_responses(request, **kwargs)
 
 
 class ReductionChat(OpenAIServingChat):
@@ -216,6 +237,19 @@ class ReductionResponses(OpenAIServingResponses):
 def _is_ours(request: Any) -> bool:
     """Whether a request came through our routes."""
     return isinstance(request, ReductionFields)
+
+
+def _cut_off(request: Any) -> VLLMValidationError | None:
+    """Why a prompt that was to be cut short has lost an image; None where none was to be."""
+    field = "truncate_prompt_tokens" if hasattr(request, "truncate_prompt_tokens") else "truncation"
+    said = getattr(request, field)
+    if said in (None, "disabled"):
+        return None
+    return _refused(field, said, "left out, or so large that every image stays in the prompt")
+
+
+def _refused(field: str, value: object, allowed: str) -> VLLMValidationError:
+    return VLLMValidationError(str(SettingsError(field, value, allowed)), parameter=field)
 
 
 async def _refuse_harmony(handler: Any, request: ReductionFields, work: Any) -> Any:

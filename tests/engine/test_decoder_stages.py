@@ -405,8 +405,8 @@ def random_ask(lot: random.Random) -> Ask:
 def test_a_soak_of_mixed_requests_leaks_nothing_and_changes_nothing(
     tight: Engine, staged: Engine
 ) -> None:
-    """Duplicates, aborts, preemption, chunks and reused prefixes: every output is the one that
-    the request gets alone."""
+    """Duplicates, aborts, refusals, preemption, chunks and reused prefixes: every output is the
+    one that the request gets alone."""
     lot = random.Random(0)
     asks = [random_ask(lot) for _ in range(60)]
     alone = [list(staged.generate([ask])[0].outputs[0].token_ids) for ask in asks]
@@ -415,15 +415,25 @@ def test_a_soak_of_mixed_requests_leaks_nothing_and_changes_nothing(
     waiting = {f"soak{i}": lot.randrange(len(asks)) for i in range(SOAK)}
     asked = dict(waiting)
     aborted: set[str] = set()
-    preempted = 0
+    refused: set[str] = set()
+    preempted = ended = 0
     while waiting or engine.has_unfinished_requests():
         while waiting and len(tight.scheduler.requests) < 24:
             name = next(iter(waiting))
-            tight.add(asks[waiting.pop(name)], name)
+            ask = asks[waiting.pop(name)]
+            if lot.random() < 0.1 and any(s and METHODS[s["method"]].decoder for s in ask.settings):
+                refused.add(name)
+                tight.add(ask, name, prompt_logprobs=1)
+                continue
+            tight.add(ask, name)
             if lot.random() < 0.1:
                 aborted.add(name)
         for output in engine.step():
-            if output.finished and output.request_id not in aborted:
+            if output.request_id in refused:
+                assert output.finished and output.outputs[0].finish_reason == "error"
+                asked.pop(output.request_id)
+                ended += 1
+            elif output.finished and output.request_id not in aborted:
                 made = list(output.outputs[0].token_ids)
                 assert made == alone[asked.pop(output.request_id)], output.request_id
         if aborted and lot.random() < 0.2:
@@ -433,6 +443,7 @@ def test_a_soak_of_mixed_requests_leaks_nothing_and_changes_nothing(
         preempted += sum(r.num_preemptions for r in tight.scheduler.requests.values())
     assert set(asked) <= aborted, "a request was lost"
     assert preempted > 0, "the pool was not small enough to test anything"
+    assert ended == len(refused) > 20
     assert tight.free_blocks == free and not tight.scheduler.plans
 
 

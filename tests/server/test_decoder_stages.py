@@ -104,6 +104,18 @@ def test_images_that_do_not_fit_one_step_are_refused_where_the_question_is_read(
     assert len(answer.reduction["images"]) == 15
 
 
+def test_too_long_says_that_images_enter_whole(server: Server) -> None:
+    settings = {"method": "fastv", "budget": 90}
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(server, *(image(n) for n in range(16)), reduction=settings)
+    said = refused.value.body["message"]
+    for words in ("2304 of them", '{"method": "ficoco-v", "budget": 127}', "fastv", "enter"):
+        assert words in said
+    early = {"method": "ficoco-v", "budget": 127}
+    answer = ask(server, *(image(n) for n in range(16)), reduction=early)
+    assert answer.reduction["visual_tokens_kept"] == 16 * 127
+
+
 def test_about_reduction(server: Server) -> None:
     about = server.http.get("/v1/reduction").json()
     assert about["model"]["decoder_stages"] == [2, 4]

@@ -140,6 +140,24 @@ class ReducingProcessorMixin:
             ]
         return hashes
 
+    def _get_cache_missing_items(
+        self, cache: Any, mm_data_items: MultiModalDataItems, mm_hashes: MultiModalHashes
+    ) -> Any:
+        """As vLLM's, which does not say that an image is known by its uuid and its settings.
+
+        Raises:
+            VLLMValidationError: an image came as a uuid alone, and is not known.
+        """
+        for image, image_hash in enumerate(mm_hashes.get("image", ())):
+            if mm_data_items["image"][image] is None and not cache.is_cached_item(image_hash):
+                raise VLLMValidationError(
+                    f"Image {image} has a uuid and no data, and is not known: an image is kept by "
+                    "its uuid together with its budget, method and options, and not for ever. Send "
+                    "its data again.",
+                    parameter="uuid",
+                )
+        return super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)  # type: ignore[misc]
+
     def _get_cache_missing_processor_kwargs(
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
     ) -> Mapping[str, object]:

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter to vLLM's cache of what the engine has: an image counts once it was really sent.
+
+vLLM keeps an image's data from being sent twice: its front end remembers what the engine holds,
+and leaves the data out the next time. But it remembers when a prompt has been *rendered*. Where the
+request is then refused, or its client leaves, the engine never gets the data; the next request with
+the same image and settings is sent without them, and ends in an error ("P0/P1 cache drift"). So it
+may where two requests with one image overtake each other.
+
+Here the front end remembers when a request is *sent*. Until then whoever renders the same image
+gets the data, too, as long as some request still holds them; of one that is gone, nothing is kept.
+Requests arrive at the engine in the order in which they were sent, and with their images we do
+just what it does, in a cache that is somewhat smaller: what is in ours is in the engine's.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.multimodal.cache.base import (
+    MultiModalCache,
+    MultiModalProcessorCacheItemMetadata,
+    MultiModalProcessorCacheOutItem,
+)
+from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
+from vllm.utils.cache import LRUCache
+
+SHARE = 0.75
+"""Of the size of the engine's cache, how much ours has. An image that is found here must still be
+there when its request arrives, whatever other requests are sent in between."""
+
+
+class Rendered(MultiModalProcessorCacheItemMetadata):
+    """What stays of an image that was rendered: vLLM's own, and where its data are."""
+
+    def __init__(self, item: Any, prompt_updates: Any) -> None:
+        super().__init__(item, prompt_updates)
+        self.data = weakref.ref(item)
+
+
+class SentImages(LruKeyReplicatedSenderCache):
+    """vLLM's cache in the front end; :func:`remember_what_is_sent` makes it of one that is in use.
+
+    Images are rendered in a thread of their own, one prompt at a time, and sent by the event loop.
+    """
+
+    _cache: LRUCache[str, Rendered]
+
+    def begin(self) -> None:
+        """Forget what was rendered so far, and start to remember what is sent."""
+        self._lock = threading.Lock()
+        self._sent: LRUCache[str, int] = LRUCache(SHARE * self._cache.maxsize, getsizeof=int)
+        self._promised: dict[str, Any] = {}
+        self._cache.clear()
+
+    def sent(self, features: Sequence[Any]) -> None:
+        """A request leaves for the engine: do with its images what the engine will do.
+
+        Args:
+            features: vLLM's, of all images of the request.
+        """
+        with self._lock:
+            for feature in features:
+                self._sent.touch(feature.mm_hash or feature.identifier)
+            for feature in features:
+                name = feature.mm_hash or feature.identifier
+                if feature.data is None:
+                    self._sent.get(name)
+                else:
+                    self._sent.pop(name)
+                    self._sent.put_if_fits(name, MultiModalCache.get_item_size(feature.data))
+
+    def is_cached_item(self, mm_hash: str) -> bool:
+        """Whether an image need not be rendered: the engine or another request has its data."""
+        with self._lock:
+            if mm_hash not in self._cache:
+                return False
+            data = self._cache.__getitem__(mm_hash, update_info=False).data()
+            if data is not None:
+                self._promised[mm_hash] = data  # or it could be gone when it is asked for
+            return data is not None or mm_hash in self._sent
+
+    def get_and_update_item(self, mm_item: Any, mm_hash: str) -> MultiModalProcessorCacheOutItem:
+        with self._lock:
+            known = self._cache.get(mm_hash)
+            if known is not None:
+                if mm_hash in self._sent:
+                    return None, known.prompt_updates
+                data = self._promised.get(mm_hash) or known.data()
+                if data is not None or mm_item is None:
+                    return data, known.prompt_updates
+            assert mm_item is not None, f"no data of an image that is not known: {mm_hash}"
+            self._cache.pop(mm_hash)
+            self.cache_if_fits(self._cache, mm_hash, Rendered(*mm_item))
+            return tuple(mm_item)
+
+    def release_sender_touches(self) -> None:
+        """The prompt is rendered, and holds what it was promised."""
+        with self._lock:
+            self._promised.clear()
+
+    def touch_sender_cache_item(self, mm_hash: str) -> None:
+        with self._lock:
+            super().touch_sender_cache_item(mm_hash)
+
+    def clear_cache(self) -> None:
+        with self._lock:
+            super().clear_cache()
+            self._sent.clear()
+
+    def invalidate(self, mm_hash: str) -> None:
+        with self._lock:
+            super().invalidate(mm_hash)
+            self._sent.pop(mm_hash)
+
+
+def remember_what_is_sent(engine_client: Any) -> None:
+    """Make the front end of an engine remember an image when it is sent, not when it is rendered.
+
+    Other caches of vLLM's (none, shared memory, several front ends) do not forget data, and stay.
+    The cache is given our class, and not replaced, because vLLM's output handler already holds it.
+    """
+    cache, core = engine_client.renderer.mm_processor_cache, engine_client.engine_core
+    if type(cache) is not LruKeyReplicatedSenderCache:
+        return
+    cache.__class__ = SentImages
+    cache.begin()
+    send = core.add_request_async
+
+    async def add_request_async(request: Any) -> None:
+        cache.sent(request.mm_features or ())
+        await send(request)
+
+    core.add_request_async = add_request_async
