@@ -4,10 +4,12 @@
     python benchmarks/overhead.py off     # reduction off: requests through stock vLLM and ours
     python benchmarks/overhead.py tower   # the tower with each method, beside vLLM's own
     python benchmarks/overhead.py stages  # decode steps with decoder stages that nobody uses
+    python benchmarks/overhead.py images  # a stream while a prompt of many reduced images comes
 
 ``off`` takes the shipped model, whose forward passes are short, so that what the plugin adds per
 request shows most. ``tower`` takes LLaVA-1.5's: CLIP-L at 336 px, 576 tokens, 23 layers, random
-weights. ``stages`` takes a decoder of 32 small layers. What is compared runs interleaved in one
+weights. ``stages`` takes a decoder of 32 small layers. ``images`` takes the shipped model, with
+vLLM's encoder cache manager and with ours. What is compared runs interleaved in one
 run; medians of the rounds and their spread are printed, and ratios are what to quote.
 """
 
@@ -35,6 +37,7 @@ from engines import (
     serve,
 )
 from vllm_ficoco.engine.checks import SCHEDULER
+from vllm_ficoco.models.config import ENCODER_CACHE_MANAGER
 from vllm_ficoco.schedule import groups, spans
 
 BUDGETS = (192, 64)
@@ -48,9 +51,8 @@ def engine(model: Path, **options: Any) -> Any:
         model=str(model),
         enforce_eager=True,
         max_model_len=1024,
-        limit_mm_per_prompt={"image": 1},
         enable_prefix_caching=False,
-        **options,
+        **{"limit_mm_per_prompt": {"image": 1}, **options},
     )
 
 
@@ -142,6 +144,67 @@ def stages(folder: Path, rounds: int, requests: int) -> None:
         )
 
 
+MANAGERS = {
+    "what they keep (vLLM)": "vllm.v1.core.encoder_cache_manager.EncoderCacheManager",
+    "what the tower makes (ours)": ENCODER_CACHE_MANAGER,
+}
+IMAGES = 200
+
+
+def stream_child(manager: str) -> None:
+    """Answers with the longest wait of a stream while a prompt of many images of one token each
+    comes, and that prompt's time to its first token."""
+    from vllm import SamplingParams
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    llm = engine(
+        SHIPPED,
+        dtype="float32",
+        max_num_batched_tokens=2048,
+        limit_mm_per_prompt={"image": IMAGES},
+        ec_manager_config={"encoder_cache_manager_cls": manager},
+    ).llm_engine
+
+    def waits(seed: int) -> tuple[float, float]:
+        pictures = [one["multi_modal_data"]["image"] for one in prompts(seed, IMAGES)]
+        many = {
+            "prompt": f"USER: {'<image> ' * IMAGES} there ? ASSISTANT:",
+            "multi_modal_data": {"image": pictures},
+            "mm_processor_kwargs": {"visual_token_budget": 1},
+        }
+        stream = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+        llm.add_request(f"stream{seed}", "USER: there ? ASSISTANT:", stream)
+        llm.step()
+        llm.add_request(f"many{seed}", many, SamplingParams(max_tokens=1))
+        start = last = time.perf_counter()
+        longest = first = 0.0
+        while llm.has_unfinished_requests():
+            outputs = {output.request_id for output in llm.step()}
+            now = time.perf_counter()
+            if f"stream{seed}" in outputs:
+                longest, last = max(longest, now - last), now
+            if f"many{seed}" in outputs:
+                first = now - start
+        return longest, first
+
+    serve(waits)
+
+
+def images(rounds: int) -> None:
+    """One stream and one prompt of many images, however their work is counted."""
+    children = [Child(__file__, "stream-child", "--manager", m) for m in MANAGERS.values()]
+    times = in_turn(children, rounds)
+    print("\n| images count by | longest wait of the stream, s | first token of the prompt, s |")
+    print("| --- | --- | --- |")
+    for i, name in enumerate(MANAGERS):
+        columns = [sorted(row[i][part] for row in times) for part in (0, 1)]
+        print(f"| {name} | " + " | ".join(_spread(column) for column in columns) + " |")
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"
+
+
 def tower(folder: Path, rounds: int, batch: int, dtype: str) -> None:
     """vLLM's tower, ours with each method and budget, and what of it the reduction takes."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -218,21 +281,26 @@ def tower(folder: Path, rounds: int, batch: int, dtype: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = ["off", "tower", "stages", "batch-child", "decode-child"]
-    parser.add_argument("what", choices=commands, metavar="{off,tower,stages}")
+    commands = ["off", "tower", "stages", "images", "batch-child", "decode-child", "stream-child"]
+    parser.add_argument("what", choices=commands, metavar="{off,tower,stages,images}")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16", help="of the tower (CPUs may lack bf16)")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--starts", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--manager", help=argparse.SUPPRESS)
     args = parser.parse_args()
     environment()
     if args.what == "batch-child":
         batch_child()
     elif args.what == "decode-child":
         decode_child(args.folder, [int(n) for n in args.starts.split(",") if n], args.batch)
+    elif args.what == "stream-child":
+        stream_child(args.manager)
     elif args.what == "off":
         off(args.rounds)
+    elif args.what == "images":
+        images(args.rounds)
     else:
         with tempfile.TemporaryDirectory() as folder:
             if args.what == "stages":

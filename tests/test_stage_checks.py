@@ -64,10 +64,6 @@ def test_vllm_as_the_command_starts_it_is_fine(config: Any) -> None:
         (put("kv_transfer_config", object()), "KV connectors"),
         (put("kv_events_config", KVEventsConfig(enable_kv_cache_events=True)), "KV events"),
         (put("ec_transfer_config", object()), "encoder connectors"),
-        (
-            put("compilation_config.mode", CompilationMode.STOCK_TORCH_COMPILE),
-            "torch.compile of the whole model",
-        ),
         (put("model_config.hf_text_config.sliding_window", 128), "sliding window"),
         (put("cache_config.cache_dtype", "fp8"), "quantised KV cache"),
         (put("model_config.runner_type", "pooling"), "pooling"),
@@ -85,10 +81,18 @@ def test_refused(config: Any, change: Callable[[Any], None], says: str) -> None:
         check(changed)
 
 
-def test_cuda_graphs_are_refused(config: Any) -> None:
+@pytest.mark.parametrize("mode", CompilationMode)
+@pytest.mark.parametrize("graphs", CUDAGraphMode)
+def test_compiled_stages_run_without_cuda_graphs(
+    config: Any, mode: CompilationMode, graphs: CUDAGraphMode
+) -> None:
     changed = copy.deepcopy(config)
-    put("compilation_config.cudagraph_mode", CUDAGraphMode.PIECEWISE)(changed)
-    with pytest.raises(StagesError, match="CUDA graphs"):
+    put("compilation_config.mode", mode)(changed)
+    put("compilation_config.cudagraph_mode", graphs)(changed)
+    if graphs == CUDAGraphMode.NONE and mode != CompilationMode.STOCK_TORCH_COMPILE:
+        check(changed)
+        return
+    with pytest.raises(StagesError, match=r"cudagraph_mode NONE|torch\.compile of the whole model"):
         check(changed)
 
 

@@ -32,6 +32,7 @@ class Reducer:
         self.policy = policy
         self.model_name = model.served_model_name
         self.block_size = vllm_config.cache_config.block_size
+        self.encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self.context: int = model.max_model_len
         self.geometry: Geometry | UnsupportedModel
         try:
@@ -131,6 +132,41 @@ class Reducer:
             room = self.context - 1 - (prompt - visual) - whole
             message += f" {self._what_would_fit(settings, images, room)}"
         raise VLLMValidationError(message, parameter=request.turns)
+
+    def refuse_too_many(
+        self,
+        request: ReductionFields,
+        settings: Sequence[Reduction | None],
+        embeds: Sequence[bool],
+        engine_input: Any,
+    ) -> None:
+        """Refuse images that would wait for one another for ever.
+
+        Where a method reads the question, all images of the prompt must run in the step that the
+        question runs in, and how many images a step encodes is limited.
+
+        Raises:
+            VLLMValidationError: they are more.
+        """
+        reading = [
+            r.method for r in settings if r and (d := r.spec.decoder) and d.looks_at_question
+        ]
+        if not reading or isinstance(self.geometry, UnsupportedModel):
+            return
+        fit, tokens = self.geometry.images_at_once(self.encoder_tokens), self.geometry.tokens
+        places, hashes = (engine_input[key]["image"] for key in ("mm_placeholders", "mm_hashes"))
+        encoded = {  # an image that comes twice is encoded once, embeddings are not
+            one: place.length if given else tokens
+            for one, place, given in zip(hashes, places, embeds, strict=True)
+        }
+        if sum(encoded.values()) > fit * tokens:
+            error = SettingsError(
+                request.turns,
+                _counted(len(encoded), "image"),
+                f"{_counted(fit, 'image')} or fewer with method {reading[0]}, which reads the "
+                "question: they are encoded in one step (--max-num-batched-tokens of the server)",
+            )
+            raise VLLMValidationError(str(error), parameter=error.field)
 
     def _what_would_fit(self, settings: Sequence[Reduction | None], images: int, room: int) -> str:
         """The largest budget of images that have so many tokens of a prompt to share, in words."""

@@ -118,6 +118,7 @@ class ReductionRenderer(OnlineRenderer):
         asked = request._asked.images
         embeds = [False] * (len(settings) - len(asked)) + [image.embeds for image in asked]
         self.reducer.refuse_too_long(request, settings, embeds, engine_input)
+        self.reducer.refuse_too_many(request, settings, embeds, engine_input)
         request._report = self.reducer.report(settings, embeds, engine_input)
         request._seen.describe(self.reducer.prefilled(request._report))
         return rendered

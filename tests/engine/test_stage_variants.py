@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,40 @@ def test_variants_say_what_the_reference_does(
         if variant == "compiled":  # vLLM would run what it cannot compile, too
             for stage in engine.model.staged_decoder.stages:
                 assert stage.compiled or getattr(stage, "aot_compiled_fn", None) is not None
+
+
+def test_compiled_as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own compile mode keeps what it compiled: the next engine loads it, each stage its own.
+
+    On CPUs vLLM takes another mode, and one pass of this mode names operators of GPUs.
+    """
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    as_on_a_cpu = CpuPlatform.check_and_update_config
+
+    def compiled(config: Any) -> None:
+        as_on_a_cpu(config)
+        config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+        config.compilation_config.compile_sizes = []
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(compiled))
+    monkeypatch.setattr(FixFunctionalizationPass, "__call__", lambda *_: None)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    checkpoint = random_llava(tmp_path / "model", decoder_layers=6)
+    reference = ReferenceLlava(str(checkpoint))
+
+    def run(warm: bool) -> None:
+        options = {**STAGED, "enforce_eager": False}
+        with contextmanager(make_engine)(checkpoint, **options) as engine:
+            check(engine, reference, some_asks())
+            for stage in engine.model.staged_decoder.stages:
+                assert stage.aot_compiled_fn is not None
+                assert stage.was_aot_compile_fn_loaded_from_disk == warm
+
+    run(warm=False)
+    run(warm=True)
 
 
 def some_asks() -> list[Ask]:

@@ -87,6 +87,23 @@ def test_prompt_logprobs_are_refused_with_a_reduction_in_the_decoder(server: Ser
     ask(server, visual_token_budget=90, prompt_logprobs=1)
 
 
+def test_images_that_do_not_fit_one_step_are_refused_where_the_question_is_read(
+    server: Server,
+) -> None:
+    """A step encodes 2048 / 144 images: more of them would wait for one another for ever."""
+    images = [image(seed) for seed in range(15)]
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(server, *images, reduction={"method": "ficoco-vl", "budget": 60})
+    error = refused.value.body
+    assert error["param"] == "messages"
+    assert "'15 images'" in error["message"] and "14 images or fewer" in error["message"]
+    assert "--max-num-batched-tokens" in error["message"]
+    answer = ask(
+        server, *images, reduction={"method": "vitcop", "options": {"tokens": [62, 60, 50]}}
+    )
+    assert len(answer.reduction["images"]) == 15
+
+
 def test_too_long_says_that_images_enter_whole(server: Server) -> None:
     settings = {"method": "fastv", "budget": 90}
     with pytest.raises(openai.BadRequestError) as refused:

@@ -79,7 +79,7 @@ def _problems(config: VllmConfig) -> Iterator[str]:
         "KV connectors": config.kv_transfer_config,
         "KV events": config.kv_events_config and config.kv_events_config.enable_kv_cache_events,
         "encoder connectors": config.ec_transfer_config,
-        "CUDA graphs (use --enforce-eager, or cudagraph_mode NONE)": (
+        "CUDA graphs (give cudagraph_mode NONE, which still compiles, or --enforce-eager)": (
             config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
         ),
         "torch.compile of the whole model": (

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
@@ -114,20 +115,34 @@ def rows_of(ranges: Sequence[range], device: torch.device) -> Tensor:
     return (first + torch.arange(len(ranges[0]))).to(device, non_blocking=True)
 
 
-@support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden": 0, "residual": 0})
-class StageLayers(nn.Module):
-    """The layers of one stage: what torch.compile sees, as its rows do not change on the way."""
+def stage_layers(number: int) -> type[nn.Module]:
+    """The class of one stage's layers: what torch.compile sees, as their rows do not change there.
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: Sequence[nn.Module]):
-        super().__init__()
-        self.layers = layers
+    Each stage has a class of its own. vLLM keeps compiled code on disk by the qualified name and
+    the first line of ``forward``, and loads it without asking whether it fits: instances of one
+    class would all run the layers of stage 0.
+    """
 
-    def forward(
-        self, positions: Tensor, hidden: Tensor, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        for layer in self.layers:
-            hidden, residual = layer(positions, hidden, residual)
-        return hidden, residual
+    class StageLayers(nn.Module):
+        def __init__(
+            self, *, vllm_config: VllmConfig, prefix: str = "", layers: Sequence[nn.Module]
+        ):
+            super().__init__()
+            self.layers = layers
+
+        def forward(
+            self, positions: Tensor, hidden: Tensor, residual: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            for layer in self.layers:
+                hidden, residual = layer(positions, hidden, residual)
+            return hidden, residual
+
+    forward = StageLayers.forward
+    forward.__qualname__ = f"stage{number}.forward"
+    # Dynamo keeps what it compiled by code object, and functions from one source share theirs.
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_stage{number}")
+    dynamic = {"positions": 0, "hidden": 0, "residual": 0}
+    return support_torch_compile(dynamic_arg_dims=dynamic)(StageLayers)
 
 
 class StagedDecoder:
@@ -154,14 +169,13 @@ class StagedDecoder:
         self.images: list[Image] = []
         self.visual: Tensor | None = None
         edges = [0, *geometry.starts, len(model.layers)]
-        self.stages: list[StageLayers] = []
+        self.stages: list[nn.Module] = []
         for number, (first, end) in enumerate(pairwise(edges)):
             layers = model.layers[first:end]
             for layer in layers:
                 enter_stage(layer.self_attn.attn, number)
-            self.stages.append(
-                StageLayers(vllm_config=vllm_config, prefix=f"stage{number}", layers=layers)
-            )
+            with set_model_tag(f"stage{number}"):  # names vLLM's folder of compiled pieces
+                self.stages.append(stage_layers(number)(vllm_config=vllm_config, layers=layers))
 
     def mark(
         self,

@@ -20,6 +20,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ficoco import schedule
+from vllm_ficoco.engine.encoder import TowerBudget, encoded
 from vllm_ficoco.engine.gaps import Plan, Run
 from vllm_ficoco.engine.kv import GapManager, PlannedHashes
 from vllm_ficoco.models.llava import PACKED_FIELD
@@ -70,15 +71,27 @@ class _Planning:
                     manager.plans[request.request_id] = plan
         super().add_request(request)  # type: ignore[misc]
         if plan is not None:
-            # Rows that leave have no logprobs, and a plan is of a whole prompt. Our front end has
-            # refused the first; a request that comes another way ends in an error.
+            # Rows that leave have no logprobs, and a plan is of a whole prompt, whose images run
+            # in one step where the method reads the question. Our front end has refused the first
+            # and the last; a request that comes another way ends in an error.
             wrong = {
                 "prompt_logprobs": request.sampling_params.prompt_logprobs is not None,
                 "prompts that come in pieces": request.resumable,
+                "more images than a step can encode": (
+                    plan.looks_at_question
+                    and self._encoded(request) > self.max_num_encoder_input_tokens  # type: ignore[attr-defined]
+                ),
             }
             for what in (name for name, present in wrong.items() if present):
                 logger.error("%s: no %s with decoder stages", request.request_id, what)
                 self.refused.add(request.request_id)
+
+    def _encoded(self, request: Request) -> int:
+        """Visual tokens that the tower makes for a request, as far as it is asked to count them."""
+        if not isinstance(self.encoder_cache_manager, TowerBudget):  # type: ignore[attr-defined]
+            return 0
+        once = {feature.identifier: feature for feature in request.mm_features}
+        return sum(encoded(feature, self.geometry.tokens) for feature in once.values())
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
         """As vLLM's, but refused requests end here, before what they computed is put out."""

@@ -263,10 +263,11 @@ class ReducingLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             self.vision_tower.vision_model, geometry, tensor_model_parallel_all_reduce, **timer
         )
         self.geometry = geometry
-        # vLLM fills a batch by what the images will hold, and reserves memory for images that hold
-        # everything. The tower takes in whole images, so it must not see more of them than those.
-        encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        self.images_at_once = max(1, encoder_tokens // geometry.tokens)
+        # A step has no more of them (vllm_ficoco.engine.encoder) unless vLLM was given an encoder
+        # cache manager of another make; what memory was set aside for holds all the same.
+        self.images_at_once = geometry.images_at_once(
+            vllm_config.scheduler_config.max_num_encoder_input_tokens
+        )
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         """Visual tokens of a batch of images, possibly of several requests.

@@ -34,6 +34,10 @@ class Geometry(NamedTuple):
         """Visual tokens of one unreduced image."""
         return self.grid[0] * self.grid[1]
 
+    def images_at_once(self, encoder_tokens: int) -> int:
+        """How many images a step of the engine may encode, by what vLLM lets its encoder do."""
+        return max(1, encoder_tokens // self.tokens)
+
     @property
     def spans(self) -> list[int]:
         """Layers of every stage of the decoder, those before the first included."""
