@@ -378,6 +378,75 @@ def test_long_values_are_cut() -> None:
     assert "..." in str(wrong.value)
 
 
+def test_long_names_are_cut() -> None:
+    """A path may have a client's own key in it, of any length."""
+    for sent in ({"x" * 10_000: 1}, {"budget": 64, "options": {"x" * 10_000: 1}}):
+        with pytest.raises(SettingsError) as wrong:
+            Reduction.parse(sent)
+        assert len(wrong.value.field) <= 200 and len(str(wrong.value)) < 700
+        assert wrong.value.field.startswith("reduction.") and "x" * 90 in wrong.value.field
+
+
+class Watched(list):
+    """A list that counts how often somebody asks for its next element."""
+
+    seen = 0
+
+    def __iter__(self) -> Any:
+        for element in super().__iter__():
+            self.seen += 1
+            yield element
+
+
+def test_no_more_of_a_value_is_looked_at_than_is_shown() -> None:
+    """A body may hold a million of them."""
+    many = Watched([1.5] * 100_000)
+    for read in (
+        lambda: Reduction.of_budget(many),
+        lambda: Reduction.of_budget([{"a": [many]}]),
+        lambda: Reduction.parse({"budget": many}),
+        lambda: Reduction.parse({"method": "k-norm", "options": {"tokens": many}}),
+        lambda: Reduction.parse({"method": "tome", "budget": 9, "options": {"r": [[many]]}}),
+        lambda: Reduction.parse({"method": [many], "budget": 64}),
+        lambda: per_image({"visual_token_budget": many}, 2),
+        lambda: SettingsError("detail", many, "'low'"),
+    ):
+        many.seen = 0
+        with pytest.raises(SettingsError) as wrong:
+            raise read()
+        assert many.seen <= 100
+        assert len(str(wrong.value)) < 400
+
+
+def test_no_more_mistakes_are_collected_than_settings_may_have() -> None:
+    """Of options that are all wrong, and of a list of tokens."""
+    for sent in (
+        {"method": "tome", "budget": 9, "options": {str(i): 1 for i in range(100_000)}},
+        {str(i): 1 for i in range(100_000)},
+        {"method": "k-norm", "options": {"tokens": ["a"] * 100_000}},
+        {"budget": 64, "options": {"lambda": [[[0] * 500], [[0] * 500]]}},
+    ):
+        with pytest.raises(SettingsError, match="no more than 1000 entries") as wrong:
+            Reduction.parse(sent, "messages[0].reduction")
+        assert wrong.value.field == "messages[0].reduction"
+    assert Reduction.parse({"method": "k-norm", "options": {"tokens": [9] * 900}}).budget is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *([], {}, [1, [2.5, None]], {"a": {"b": [True, "c"]}, "d": -1}, "it's", '"', b"6", ""),
+        *("x" * 98, "x" * 99, [1] * 33, [1] * 34, {"k" * 50: "v" * 60}, [["a" * 200] * 2], 10**90),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_value_is_shown_as_python_writes_it(value: object) -> None:
+    """As far as there is room."""
+    whole = repr(value)
+    shown = whole if len(whole) <= 100 else whole[:97] + "..."
+    assert str(SettingsError("a", value, "b")) == f"a = {shown} is not valid: it must be b."
+
+
 def test_half_a_surrogate_pair_can_be_sent_back() -> None:
     """JSON may spell one, UTF-8 cannot."""
     wrong = SettingsError("messages[0].content[0].\ud800.reduction", "\ud800", "left out")

@@ -8,7 +8,7 @@ all read requests through :class:`Reduction`, so none of them can understand a b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +24,9 @@ MAX_BUDGET = 1_000_000
 """Largest budget that is taken for a number of tokens and not for a mistake."""
 
 _BUDGET_RANGE = f"a whole number from 1 to {MAX_BUDGET}"
+
+_MOST_ENTRIES = 1000
+"""In settings, which name a few options and at most a number for every layer of a decoder."""
 
 NO_REDUCTION = "none"
 """The method that keeps every token."""
@@ -44,18 +47,67 @@ class SettingsError(ValueError):
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         # A path may have a client's own key in it, and half a surrogate pair cannot be sent back.
-        field = field.encode(errors="backslashreplace").decode()
+        field = _cut(field, 200).encode(errors="backslashreplace").decode()
         self.field, self.value, self.allowed = field, value, allowed
-        try:
-            shown = repr(value)
-        except (ValueError, RecursionError):  # thousands of digits, or of brackets
-            shown = f"a {type(value).__name__} too large to print"
-        if len(shown) > 100:
-            shown = shown[:97] + "..."
-        super().__init__(f"{field} = {shown} is not valid: it must be {allowed}.")
+        super().__init__(f"{field} = {_shown(value)} is not valid: it must be {allowed}.")
 
     def __reduce__(self) -> tuple[type[SettingsError], tuple[str, object, str]]:
         return type(self), (self.field, self.value, self.allowed)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _shown(value: object) -> str:
+    """The first 100 characters of a value's ``repr``; no more of it than that is looked at."""
+    shown = ""
+    for piece in _pieces(value):
+        shown += piece
+        if len(shown) > 100:
+            break
+    return _cut(shown, 100)
+
+
+def _pieces(value: object) -> Iterator[str]:
+    """What the ``repr`` of a JSON value is made of, from the left."""
+    if isinstance(value, str | bytes):
+        yield repr(value[:100])
+    elif isinstance(value, dict):
+        yield "{"
+        for i, (key, inner) in enumerate(value.items()):
+            yield ", " if i else ""
+            yield from _pieces(key)
+            yield ": "
+            yield from _pieces(inner)
+        yield "}"
+    elif isinstance(value, list):
+        yield "["
+        for i, inner in enumerate(value):
+            yield ", " if i else ""
+            yield from _pieces(inner)
+        yield "]"
+    else:
+        try:
+            yield repr(value)
+        except (ValueError, RecursionError):  # thousands of digits
+            yield f"a {type(value).__name__} too large to print"
+
+
+def check_size(value: object, field: str) -> None:
+    """Refuse settings that are too large to be any, before work is done on all of them.
+
+    Raises:
+        SettingsError: an object or a list, with all inside of it, has more than 1,000 entries.
+    """
+    waiting, seen = [value], 0
+    while waiting:
+        outer = waiting.pop()
+        if isinstance(outer, Mapping | list | tuple):
+            seen += len(outer)
+            if seen > _MOST_ENTRIES:
+                raise SettingsError(field, value, f"of no more than {_MOST_ENTRIES} entries")
+            waiting.extend(outer.values() if isinstance(outer, Mapping) else outer)
 
 
 class Reduction(BaseModel):
@@ -125,6 +177,7 @@ class Reduction(BaseModel):
             return value
         if not isinstance(value, Mapping):
             raise SettingsError(field, value, "an object with method, budget and options")
+        check_size(value, field)
         given = {k: v for k, v in value.items() if v is not None}
         try:
             return cls.model_validate(given)
@@ -184,7 +237,7 @@ def per_image(kwargs: Mapping[str, object], images: int) -> list[Reduction | Non
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         return [read(value, field)] * images
     if len(value) != images:
-        raise SettingsError(field, list(value), f"a list with one entry per image ({images})")
+        raise SettingsError(field, value, f"a list with one entry per image ({images})")
     return [None if v is None else read(v, f"{field}[{i}]") for i, v in enumerate(value)]
 
 

@@ -7,7 +7,7 @@ settings of the images are picked from the raw body first; :mod:`ficoco_server.r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, Field, PrivateAttr, WithJsonSchema, model_validator
@@ -15,11 +15,15 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from ficoco_server.metrics import Observation
-from ficoco_server.resolve import DETAIL_KEY, Level
-from vllm_ficoco.settings import BUDGET_KEY, REDUCTION_KEY
+from ficoco_server.resolve import DETAIL_KEY, Level, detail_of
+from vllm_ficoco.settings import BUDGET_KEY, REDUCTION_KEY, SettingsError
 
 OUR_KEYS = (BUDGET_KEY, REDUCTION_KEY)
 IMAGE_KEYS = (*OUR_KEYS, DETAIL_KEY)
+NEAR_KEYS = {"visualtokenbudget": BUDGET_KEY, "budget": BUDGET_KEY, "reduction": REDUCTION_KEY}
+"""What clients write for our keys, without case and separators."""
+_WRAPPERS = ("extra_body", "mm_processor_kwargs", "media_io_kwargs")
+"""Fields with objects in them that have keys of a request's."""
 _IMAGE_FORMS = ("image_url", "input_image", "image_pil", "image_embeds")
 
 
@@ -28,8 +32,9 @@ class Asked(NamedTuple):
 
     images: tuple[Level, ...] = ()
     """One level an image, in the order of the prompt."""
-    misplaced: Level | None = None
-    """Settings on something that is not an image, or that say two things of one image."""
+    misplaced: SettingsError | None = None
+    """Settings in a place or a spelling in which they would do nothing, or that say two things of
+    one image."""
 
 
 class ReductionFields(BaseModel):
@@ -56,6 +61,8 @@ class ReductionFields(BaseModel):
         if not isinstance(data, Mapping):
             return handler(data)
         body, asked = take_settings(data, cls.turns)
+        if (stray := stray_setting(data, cls.model_fields)) is not None:
+            asked = asked._replace(misplaced=stray)
         request = handler(body)
         request._asked = asked
         return request
@@ -91,6 +98,60 @@ def is_image(part: Any) -> bool:
     return any(form in part for form in _IMAGE_FORMS)
 
 
+def meant(key: str) -> str | None:
+    """Which of our keys a client means with one of a request or an image that is not known there.
+
+    It differs by case, separators, or one letter left out, put in, exchanged or swapped with the
+    next; but begins with the same one, because a deduction is no typing error.
+    """
+    if len(key) > 30:
+        return None
+    plain = "".join(filter(str.isalpha, key.lower()))
+    return next((ours for near, ours in NEAR_KEYS.items() if _one_letter_off(plain, near)), None)
+
+
+def _one_letter_off(one: str, other: str) -> bool:
+    same = 0
+    while one[same : same + 1] == other[same : same + 1] != "":
+        same += 1
+    a, b = one[same:], other[same:]
+    swapped = a[1::-1] == b[:2] and a[2:] == b[2:]
+    return same > 0 and (a[1:] == b or a == b[1:] or a[1:] == b[1:] or swapped)
+
+
+def stray_setting(body: Mapping[str, Any], known: Collection[str]) -> SettingsError | None:
+    """The first of our settings that vLLM would ignore among the fields of a request.
+
+    That is one of our keys in any object of the body, or a key of the body itself that is not
+    ``known`` and nearly ours. Schemas, tools, and the texts of users are no such places.
+    """
+    for key in body.keys() - known:
+        if (ours := meant(key)) is not None and body[key] is not None:
+            return SettingsError(key, body[key], f"{ours}, if visual tokens are meant")
+    for holder, where in _objects(body):
+        near = where == "extra_body"
+        for key in holder if near else OUR_KEYS:
+            ours = meant(key) if near else key
+            if ours is not None and holder.get(key) is not None:
+                return SettingsError(
+                    f"{where}.{key}",
+                    holder[key],
+                    f"the request's own field {ours}"
+                    + (", as clients send what is in their argument extra_body" if near else ""),
+                )
+    return None
+
+
+def _objects(body: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The objects right in a body, but for our own, and those inside of its wrappers."""
+    for name, value in body.items():
+        if isinstance(value, Mapping) and name not in OUR_KEYS:
+            yield value, name
+            for key, inner in value.items() if name in _WRAPPERS else ():
+                if isinstance(inner, Mapping) and key not in OUR_KEYS:
+                    yield inner, f"{name}.{key}"
+
+
 def count_images(messages: Any) -> int:
     """Images in messages, as far as their contents are lists."""
     return sum(is_image(part) for _, part in _parts(messages, ""))
@@ -99,25 +160,36 @@ def count_images(messages: Any) -> int:
 def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], Asked]:
     """A body without the settings of its images, and those. The given body stays as it is."""
     images: list[Level] = []
-    misplaced: list[Level] = []
+    misplaced: list[SettingsError] = []
+
+    def refuse(level: Level) -> None:
+        """Settings that must not stand where they do."""
+        for key, value in level.said.items() if not misplaced else ():
+            allowed = "once on an image or on the request, nowhere else"
+            misplaced.append(SettingsError(level.field(key), value, allowed))
 
     def without(part: Any, path: str, seen: bool) -> Any:
         if not isinstance(part, Mapping):
             return part
         if not seen or not is_image(part):
             for holder, where in _holders(part, path):
-                said = _ours(holder, OUR_KEYS)
-                if said:
-                    misplaced.append(Level(where, said))
+                refuse(Level(where, _ours(holder, OUR_KEYS)))
             return part
+        for holder, where in _holders(part, path):
+            if where not in (path, f"{path}.image_url"):
+                refuse(Level(where, _ours(holder, OUR_KEYS)))
+                continue
+            for key in holder.keys() - IMAGE_KEYS if not misplaced else ():
+                if (ours := meant(key)) is not None and holder[key] is not None:
+                    allowed = f"{ours}, if visual tokens are meant"
+                    misplaced.append(SettingsError(f"{where}.{key}", holder[key], allowed))
         inner = part.get("image_url")
         said, inside = _said(part), {}
         if isinstance(inner, Mapping):
             inside = _said(inner)
             part = {**part, "image_url": _drop(inner)}
         twice = {key: said[key] for key in said if inside.get(key, said[key]) != said[key]}
-        if twice:
-            misplaced.append(Level(path, twice))
+        refuse(Level(path, twice))
         embeds = "image_embeds" in (part.get("type"), *part)
         images.append(Level(path, said | inside, embeds=embeds, inside=tuple(inside)))
         return _drop(part)
@@ -125,9 +197,7 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
     def turn(message: Any, path: str) -> Any:
         if not isinstance(message, Mapping):
             return message
-        said = _ours(message, OUR_KEYS)
-        if said:
-            misplaced.append(Level(path, said))
+        refuse(Level(path, _ours(message, OUR_KEYS)))
         seen = turns != "input" or not _only_text(message)
         return {
             **message,
@@ -158,9 +228,8 @@ def mentioned(body: Any) -> Level | None:
     """The first of our settings anywhere in the body of another route; ``detail`` is not ours."""
     if not isinstance(body, Mapping):
         return None
-    for holder, where in ((body, ""), (body.get("mm_processor_kwargs"), "mm_processor_kwargs")):
-        said = _ours(holder, OUR_KEYS) if isinstance(holder, Mapping) else {}
-        if said:
+    for holder, where in ((body, ""), *_objects(body)):
+        if said := _ours(holder, OUR_KEYS):
             return Level(where, said)
     for turns in ("messages", "input", "prompt"):
         for path, part in _parts(body.get(turns), turns):
@@ -171,12 +240,14 @@ def mentioned(body: Any) -> Level | None:
 
 
 def holds_image(value: Any) -> bool:
-    """Whether there is an image anywhere in a body, in OpenAI's or Anthropic's form."""
+    """Whether there is an image anywhere in a body, in OpenAI's, Anthropic's or vLLM's own form."""
     if isinstance(value, list):
         return any(map(holds_image, value))
     if not isinstance(value, Mapping):
         return False
-    return is_image(value) or value.get("type") == "image" or any(map(holds_image, value.values()))
+    if is_image(value) or value.get("type") == "image" or value.get("mm_hashes"):
+        return True  # the last are processed images, for /inference/v1/generate
+    return any(map(holds_image, value.values()))
 
 
 def _parts(messages: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -210,7 +281,9 @@ def _ours(holder: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 def _said(holder: Mapping[str, Any]) -> dict[str, Any]:
     """What a part says of its image; ``detail: auto`` says nothing."""
     said = _ours(holder, IMAGE_KEYS)
-    return {k: v for k, v in said.items() if (k, v) != (DETAIL_KEY, "auto")}
+    if detail_of(said.get(DETAIL_KEY)) == "auto":
+        del said[DETAIL_KEY]
+    return said
 
 
 def _drop(holder: Mapping[str, Any]) -> dict[str, Any]:

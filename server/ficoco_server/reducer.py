@@ -9,11 +9,12 @@ from itertools import accumulate
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from ficoco_server.metrics import INVALID, MIXED, Prefilled
 from ficoco_server.policy import Policy
-from ficoco_server.protocol import OUR_KEYS, ReductionFields, count_images
+from ficoco_server.protocol import ReductionFields, count_images
 from ficoco_server.resolve import Level, settle
 from vllm_ficoco import schedule
 from vllm_ficoco.cost import Decoder, prefill_flops_ratio
@@ -76,11 +77,8 @@ class Reducer:
             settings = settle(
                 self.policy, request.level, [Level()] * earlier + [*images], self.geometry
             )
-            logprobs = getattr(request, "prompt_logprobs", None)
-            if logprobs is not None and any(r and r.spec.decoder for r in settings):
-                raise SettingsError(
-                    "prompt_logprobs", logprobs, "left out where tokens leave inside the decoder"
-                )
+            if any(r and r.spec.decoder for r in settings):
+                _refuse_prompt_logprobs(request)
             return settings
         except SettingsError as error:
             request._seen.method = INVALID
@@ -89,18 +87,8 @@ class Reducer:
     @staticmethod
     def _refuse_hidden(request: ReductionFields) -> None:
         """Refuse settings in places where they would do nothing, or pass by the policy."""
-        misplaced = request._asked.misplaced
-        if misplaced is not None:
-            key, value = next(iter(misplaced.said.items()))
-            raise SettingsError(
-                misplaced.field(key), value, "once on an image or on the request, nowhere else"
-            )
-        inner = getattr(request, "mm_processor_kwargs", None) or {}
-        for key in OUR_KEYS:
-            if key in inner:
-                raise SettingsError(
-                    f"mm_processor_kwargs.{key}", inner[key], f"the request's own field {key}"
-                )
+        if request._asked.misplaced is not None:
+            raise request._asked.misplaced
 
     def refuse_too_long(
         self,
@@ -368,3 +356,39 @@ class Reducer:
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def needs_whole_prompt(params: SamplingParams) -> str | None:
+    """The sampling parameter that asks for every row of a prompt; None where none does.
+
+    Rows that leave inside the decoder have no logprobs, and the engine would end such a request.
+    """
+    names = ("prompt_logprobs", "prompt_logprob_token_ids")
+    return next((name for name in names if getattr(params, name) is not None), None)
+
+
+def _refuse_prompt_logprobs(request: Any) -> None:
+    """Refuse what becomes a parameter that needs whole prompts, whatever field it comes from.
+
+    Raises:
+        SettingsError: names the field, found by leaving out one after the other.
+    """
+    named = needs_whole_prompt(_sampling_params(request))
+    if named is None:
+        return
+    fields, without = type(request).model_fields, request
+    for field in sorted(request.model_fields_set & fields.keys()):
+        if fields[field].is_required():
+            continue
+        default = fields[field].get_default(call_default_factory=True)
+        without = without.model_copy(update={field: default})
+        if needs_whole_prompt(_sampling_params(without)) is None:
+            named = field
+            break
+    value = getattr(request, named, None)
+    raise SettingsError(named, value, "left out where tokens leave inside the decoder")
+
+
+def _sampling_params(request: Any) -> SamplingParams:
+    """What the engine will be given, but for the number of tokens to generate."""
+    return request.to_sampling_params(max(1, getattr(request, "min_tokens", 1)), {})

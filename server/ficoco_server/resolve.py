@@ -19,10 +19,21 @@ from vllm_ficoco.settings import (
     REDUCTION_KEY,
     Reduction,
     SettingsError,
+    check_size,
 )
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel
 
 DETAIL_KEY = "detail"
+_DETAILS = {"low": "low", "high": "high", "original": "high", "auto": "auto", "": "auto"}
+
+
+def detail_of(value: Any) -> str | None:
+    """What a ``detail`` means: ``low``, ``high`` or ``auto``; None for what cannot be one.
+
+    ``original`` is OpenAI's word for a size above ``high``. Some clients send an enum's name in
+    upper case, and some a field that nobody has set, as null or empty.
+    """
+    return _DETAILS.get(value.lower()) if isinstance(value, str) else None
 
 
 class Level(NamedTuple):
@@ -121,13 +132,14 @@ def _read(
         )
     if detail is not None:
         field = level.field(DETAIL_KEY)
-        if detail not in ("low", "high", "auto"):
-            raise SettingsError(field, detail, "'low', 'high' or 'auto'")
-        if detail != "auto":
+        meaning = detail_of(detail)
+        if meaning is None:
+            raise SettingsError(field, detail, "'low', 'high', 'original' or 'auto'")
+        if meaning != "auto":
             if len(said) > 1:
                 other = BUDGET_KEY if reduction is None else REDUCTION_KEY
                 raise SettingsError(field, detail, f"left out or 'auto' where {other} is given")
-            return _read_detail(policy, detail, level, geometry), field
+            return _read_detail(policy, meaning, level, geometry), field
     if budget is not None:
         Reduction.of_budget(budget, level.field(BUDGET_KEY))
         return {"budget": budget}, level.field(BUDGET_KEY)
@@ -135,6 +147,7 @@ def _read(
         field = level.field(REDUCTION_KEY)
         if not isinstance(reduction, Mapping):
             raise SettingsError(field, reduction, "an object with method, budget and options")
+        check_size(reduction, field)
         return {k: v for k, v in reduction.items() if v is not None}, field
     return None, ""
 

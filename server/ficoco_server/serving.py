@@ -21,13 +21,15 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, PromptTokenUsageInfo
 from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import parse_chat_messages_async
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from ficoco_server.media import load_images_with_ours
 from ficoco_server.plugin import MODEL_PLUGIN, NAME
 from ficoco_server.policy import Policy, PolicyError
-from ficoco_server.protocol import ReductionFields
+from ficoco_server.protocol import ReductionFields, is_image
 from ficoco_server.reducer import Reducer
+from ficoco_server.scale_out import ReductionTokens
 from ficoco_server.sent import remember_what_is_sent
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.settings import REDUCTION_KEY, SettingsError
@@ -59,6 +61,9 @@ def install(engine_client: Any, state: Any) -> None:
     state.openai_serving_responses = _adopt(ReductionResponses, responses)
     for handler in (state.openai_serving_chat, state.openai_serving_responses):
         handler.online_renderer = renderer
+    if (tokens := getattr(state, "serving_tokens", None)) is not None:
+        state.serving_tokens = _adopt(ReductionTokens, tokens)
+        state.serving_tokens.reducer = reducer
     state.ficoco = reducer
 
 
@@ -93,7 +98,11 @@ class ReductionRenderer(OnlineRenderer):
         """As in vLLM; chat completions and responses both render their prompts here."""
         if not _is_ours(request):
             return await super().preprocess_chat(request, messages, *args, **kwargs)
-        settings = self.reducer.settle(request, messages)
+        try:
+            settings = self.reducer.settle(request, messages)
+        except VLLMValidationError:
+            await _check_parts(messages, self.model_config)
+            raise
         request._seen.expect(settings)
         theirs = request.mm_processor_kwargs
         if any(settings):
@@ -167,7 +176,7 @@ class ReductionChat(OpenAIServingChat):
     def chat_completion_stream_generator(
         self, request: Any, result_generator: AsyncIterator[Any], *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
-        """The answer in chunks; the last one before [DONE] bears the report."""
+        """The answer in chunks; the last one before [DONE] bears the report, among others."""
         stream = super().chat_completion_stream_generator
         if not _is_ours(request):
             return stream(request, result_generator, *args, **kwargs)
@@ -204,7 +213,8 @@ class ReductionResponses(OpenAIServingResponses):
             if request._report:
                 response.reduction = request._report
                 details = response.usage.input_tokens_details
-                details.image_tokens = _in_prompt(request._report)
+                for name, figure in _figures(request._report).items():
+                    setattr(details, name, figure)
             seen.finish("success")
         return response
 
@@ -252,6 +262,22 @@ def _refused(field: str, value: object, allowed: str) -> VLLMValidationError:
     return VLLMValidationError(str(SettingsError(field, value, allowed)), parameter=field)
 
 
+async def _check_parts(messages: Any, model_config: Any) -> None:
+    """Let vLLM refuse messages that it could not render, whatever is said of their images.
+
+    A part of a form that it does not take is no image to us, which we would complain about. Images
+    are left out, so that none is loaded.
+    """
+    empty = {"type": "text", "text": ""}
+    without_images = [
+        {**message, "content": [empty if is_image(part) else part for part in content]}
+        if (content := message.get("content")) and not isinstance(content, str)
+        else message
+        for message in messages
+    ]
+    await parse_chat_messages_async(without_images, model_config, content_format="string")
+
+
 async def _refuse_harmony(handler: Any, request: ReductionFields, work: Any) -> Any:
     """Harmony models have a renderer of their own, without images: settings would be lost."""
     if handler.online_renderer.use_harmony:
@@ -264,13 +290,24 @@ async def _refuse_harmony(handler: Any, request: ReductionFields, work: Any) -> 
 
 
 def _with_visual(details: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """``usage.prompt_tokens_details`` with the visual tokens of the prompt."""
-    visual = _in_prompt(report)
+    """``usage.prompt_tokens_details`` with the figures of a report."""
     by_modality = details.get("multimodal_tokens") or {}
     return {
         **details,
-        "multimodal_tokens": {**by_modality, "image": visual},
-        "image_tokens": visual,
+        "multimodal_tokens": {**by_modality, "image": _in_prompt(report)},
+        **_figures(report),
+    }
+
+
+def _figures(report: dict[str, Any]) -> dict[str, Any]:
+    """What of a report stands in the usage, too: gateways and clients drop other fields."""
+    return {
+        "image_tokens": _in_prompt(report),
+        "reduction_method": report["method"],
+        **{
+            name: report[name]
+            for name in ("visual_tokens_before", "visual_tokens_kept", "kv_cache_bytes_saved")
+        },
     }
 
 
@@ -285,29 +322,17 @@ def _in_prompt(report: dict[str, Any]) -> int:
 async def _with_report(
     request: Any, chunks: AsyncGenerator[str, None]
 ) -> AsyncGenerator[str, None]:
-    """The chunks of a stream, the report in the last one.
+    """The chunks of a stream, the report in the last one and in those with a finish_reason.
 
-    Only a chunk that can be the last waits for the next one. Inside of a text these patterns
-    cannot occur, because JSON escapes their quotation marks.
+    Inside of a text these patterns cannot occur, because JSON escapes their quotation marks.
     """
     seen, report = request._seen, request._report
-    unfinished = request.n or 1
-    held: str | None = None
     failed = False
     try:
         async for chunk in chunks:
-            if held is not None:
-                yield _add_report(held, report) if chunk.startswith("data: [DONE]") else held
-                held = None
             failed = failed or chunk.startswith('data: {"error"')
-            unfinished -= '"finish_reason":"' in chunk
-            may_be_last = '"choices":[]' in chunk or (
-                '"finish_reason":"' in chunk and unfinished < 1
-            )
-            if report and may_be_last:
-                held = chunk
-            else:
-                yield chunk
+            bears = '"finish_reason":"' in chunk or '"choices":[]' in chunk
+            yield _add_report(chunk, report) if report and bears else chunk
         seen.finish("error" if failed or seen.failed else "success")
     finally:
         await chunks.aclose()

@@ -127,7 +127,7 @@ def running(command: list[str], log: Path, **environment: str) -> Iterator[Serve
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """``vllm-ficoco serve tiny-llava`` with a policy."""
     log = tmp_path_factory.mktemp("server") / "log"
-    command = ["ficoco_server.cli", "serve", MODEL, *POLICY]
+    command = ["ficoco_server.cli", "serve", MODEL, "--enable-scale-out", *POLICY]
     with running(command, log, VLLM_ENABLE_RESPONSES_API_STORE="1") as started:
         yield started
 

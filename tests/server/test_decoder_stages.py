@@ -82,9 +82,10 @@ def test_a_layout_that_does_not_fit_names_the_stages(server: Server) -> None:
 
 
 def test_prompt_logprobs_are_refused_with_a_reduction_in_the_decoder(server: Server) -> None:
-    error = refusal(server, reduction={"method": "fastv", "budget": 90}, prompt_logprobs=1)
-    assert error["param"] == "prompt_logprobs"
-    ask(server, visual_token_budget=90, prompt_logprobs=1)
+    for field, said in (("prompt_logprobs", 1), ("echo", True)):  # the second becomes the first
+        error = refusal(server, reduction={"method": "fastv", "budget": 90}, **{field: said})
+        assert error["param"] == field
+        ask(server, visual_token_budget=90, **{field: said})
 
 
 def test_images_that_do_not_fit_one_step_are_refused_where_the_question_is_read(

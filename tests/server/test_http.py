@@ -9,6 +9,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import (
+    decode_mm_kwargs_item,
+    encode_mm_kwargs_item,
+)
 
 from tests.server.conftest import (
     API_KEY,
@@ -24,6 +28,8 @@ from tests.server.conftest import (
     value,
 )
 from vllm_ficoco.methods import METHODS
+from vllm_ficoco.models.llava import PACKED_FIELD
+from vllm_ficoco.settings import Reduction, pack
 
 pytestmark = pytest.mark.server
 
@@ -82,7 +88,9 @@ def test_streams_end_with_the_report(server: Server, include_usage: bool, n: int
     once = chat(server, image(), visual_token_budget=64)
     chunks = list(chat(server, image(), visual_token_budget=64, stream=True, **options))
     assert kept(chunks[-1]) == [64]
-    assert not any(hasattr(chunk, "reduction") for chunk in chunks[:-1])
+    for chunk in chunks[:-1]:  # clients keep more of a chunk with a choice
+        ends = any(choice.finish_reason for choice in chunk.choices)
+        assert hasattr(chunk, "reduction") == ends and (not ends or kept(chunk) == [64])
     if include_usage:
         assert chunks[-1].choices == []
         assert chunks[-1].usage.prompt_tokens_details.image_tokens == 64
@@ -91,6 +99,38 @@ def test_streams_end_with_the_report(server: Server, include_usage: bool, n: int
         text = [c.delta.content or "" for k in chunks for c in k.choices if c.index == index]
         assert n > 1 or "".join(text) == once.choices[0].message.content
         assert "".join(text).strip()
+
+
+FIGURES = ("reduction_method", "visual_tokens_before", "visual_tokens_kept", "kv_cache_bytes_saved")
+
+
+def test_the_usage_has_the_figures(server: Server) -> None:
+    """What gateways and the client's own helper keep of an answer, in a stream above all."""
+
+    def figures(details: Any) -> list[Any]:
+        return [getattr(details, name) for name in FIGURES]
+
+    expected = ["tome", TOKENS, 60, (TOKENS - 60) * KV_BYTES]
+    tome = {"method": "tome", "budget": 60}
+    answer = chat(server, image(), reduction=tome)
+    assert figures(answer.usage.prompt_tokens_details) == expected
+    with server.openai.chat.completions.stream(
+        model=MODEL,
+        messages=user(image()),
+        max_tokens=4,
+        stream_options={"include_usage": True},
+        extra_body={"reduction": tome},
+    ) as stream:
+        ends = [e.chunk for e in stream if e.type == "chunk" and e.chunk.choices][-1]
+        whole = stream.get_final_completion()
+    assert kept(ends) == [60] and ends.choices[0].finish_reason
+    assert figures(whole.usage.prompt_tokens_details) == expected
+    answer = respond(server, input_image(), reduction=tome)
+    assert figures(answer.usage.input_tokens_details) == expected
+    last = list(respond(server, input_image(), reduction=tome, stream=True))[-1]
+    assert figures(last.response.usage.input_tokens_details) == expected
+    for untouched in (chat(server).usage, respond(server).usage):
+        assert "visual_tokens_kept" not in untouched.model_dump_json()
 
 
 def test_text_requests_are_untouched(server: Server) -> None:
@@ -122,6 +162,11 @@ def test_detail(server: Server) -> None:
     parts = [image(0, detail="low"), image(1, detail="high"), image(2, detail="auto")]
     assert kept(chat(server, *parts)) == [16, TOKENS, TOKENS]
     assert kept(chat(server, *parts, visual_token_budget=48)) == [16, TOKENS, 48]
+    said = ("original", "LOW", "", None)
+    parts = [image(i, detail=detail) for i, detail in enumerate(said)]
+    assert kept(chat(server, *parts, visual_token_budget=48)) == [TOKENS, 16, 48, 48]
+    parts = [input_image(i, detail=detail) for i, detail in enumerate(said)]
+    assert kept(respond(server, *parts, visual_token_budget=48)) == [TOKENS, 16, 48, 48]
 
 
 def test_every_allowed_method(server: Server) -> None:
@@ -262,7 +307,7 @@ def on_image(**said: Any) -> dict[str, Any]:
             "visual_token_budget",
             ["left out where reduction is given"],
         ),
-        (on_image(detail="medium"), f"{PART}.detail", ["'low', 'high' or 'auto'"]),
+        (on_image(detail="medium"), f"{PART}.detail", ["'low', 'high', 'original' or 'auto'"]),
         (on_image(detail="low", visual_token_budget=9), f"{PART}.detail", ["'auto' where"]),
         (
             {"messages": user(), "visual_token_budget": 64},
@@ -279,6 +324,25 @@ def on_image(**said: Any) -> dict[str, Any]:
             "mm_processor_kwargs.visual_token_budget",
             ["the request's own field visual_token_budget"],
         ),
+        (
+            on_request(vllm_xargs={"visual_token_budget": 64}),
+            "vllm_xargs.visual_token_budget",
+            ["the request's own field visual_token_budget"],
+        ),
+        (
+            on_request(extra_body={"reduction": {"budget": 64}}),
+            "extra_body.reduction",
+            ["the request's own field reduction", "as clients send"],
+        ),
+        (on_request(budget=64), "budget", ["visual_token_budget, if visual tokens are meant"]),
+        (on_image(visualTokenBudget=64), f"{PART}.visualTokenBudget", ["visual_token_budget"]),
+        (on_request(reduction=[0] * 100_000), "reduction", ["[0, 0, 0", "...", "an object"]),
+        (
+            on_request(reduction={"budget": 9, "options": {str(i): i for i in range(100_000)}}),
+            "reduction",
+            ["no more than 1000 entries"],
+        ),
+        (on_request(reduction={"a" * 10_000: 1}), f"reduction.{'a' * 187}...", ["known here"]),
         (
             on_request(mm_processor_kwargs={"size": 1}, visual_token_budget=64),
             "mm_processor_kwargs",
@@ -312,6 +376,8 @@ def test_refused(server: Server, body: dict[str, Any], param: str, fragments: li
         ("/v1/chat/completions/render", on_request(visual_token_budget=64)),
         ("/invocations", on_request(visual_token_budget=64)),
         ("/tokenize", on_request(visual_token_budget=64)),
+        ("/v1/messages", {"max_tokens": 4, "extra_body": {"visual_token_budget": 64}}),
+        ("/v1/responses", {"input": "a", "metadata": {"reduction": "64"}}),
         ("/v1/responses", {"input": "a", "visual_token_budget": 64}),
         ("/v1/responses", {"input": turn(input_image(visual_token_budget=64.5))}),
         ("/v1/responses", {"input": turn(input_image(detail="medium"))}),
@@ -323,6 +389,95 @@ def test_refused_elsewhere(server: Server, path: str, body: dict[str, Any]) -> N
     error = answer.json()["error"]
     assert error["type"] == "BadRequestError" and "is not valid" in error["message"]
     assert error["param"].endswith(("visual_token_budget", "reduction", "detail"))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": picture()},
+        {"type": "image", "source": {"type": "base64", "data": "AAAA"}},
+        {"type": "IMAGE_URL", "image_url": {"url": picture()}},
+        {"type": "image_url"},
+        {"type": "image_url", "uuid": "a"},
+        {"type": "image_url", "image_url": picture()},
+        {"type": "input_image", "image_url": picture()},
+        {"type": "video_url", "video_url": {"url": picture()}},
+        {"type": 3},
+        {},
+        None,
+    ],
+    ids=lambda part: str(part)[:40],
+)
+def test_a_part_that_vllm_does_not_take_is_refused_by_vllm(server: Server, part: Any) -> None:
+    """With vLLM's own message, whatever is said of it; not with ours, that it is no image."""
+
+    def refusal(*parts: Any, **said: Any) -> Any:
+        answer = server.http.post(CHAT, json={"model": MODEL, "messages": user(*parts), **said})
+        assert answer.status_code == 400, answer.text
+        return answer.json()["error"]
+
+    theirs = refusal(part)
+    assert "visual" not in theirs["message"]
+    assert refusal(part, visual_token_budget=64) == theirs
+    assert refusal(image(), part, visual_token_budget=64) == refusal(image(), part)
+    if part is not None:
+        on_part = refusal({**part, "visual_token_budget": 64})
+        assert on_part["param"] == theirs["param"]
+        assert on_part["message"].splitlines()[0] == theirs["message"].splitlines()[0]
+
+
+def rendered(server: Server, reduction: Any, length: int, mm_hash: str | None) -> Any:
+    """A prompt with an image as /render makes it, with other settings and another place."""
+    body = {"model": MODEL, "messages": user(image(70)), "max_tokens": 2, "temperature": 0}
+    prompt = server.http.post("/v1/chat/completions/render", json=body).json()
+    features, ids = prompt["features"], prompt["token_ids"]
+    [place], [data] = features["mm_placeholders"]["image"], features["kwargs_data"]["image"]
+    item = decode_mm_kwargs_item(data)
+    item[PACKED_FIELD].data = pack(reduction and Reduction.parse(reduction))
+    features["kwargs_data"]["image"] = [encode_mm_kwargs_item(item)]
+    features["mm_metadata"] = None
+    start, end = place["offset"], place["offset"] + place["length"]
+    prompt["token_ids"] = ids[:start] + ids[start:end][:1] * length + ids[end:]
+    place["length"] = length
+    if mm_hash:
+        features["mm_hashes"]["image"] = [mm_hash]
+    return prompt
+
+
+@pytest.mark.parametrize(
+    ("reduction", "length", "mm_hash", "param"),
+    [
+        (None, TOKENS, None, None),
+        ({"budget": 48}, 48, "one-kept48", None),
+        ({"budget": 48}, TOKENS, "two-kept48", "features.mm_placeholders.image[0].length"),
+        (None, TOKENS + 1, None, "features.mm_placeholders.image[0].length"),
+        (None, 48, None, "features.mm_placeholders.image[0].length"),
+        ({"budget": 48}, 48, None, "features.mm_hashes.image[0]"),
+        (None, TOKENS, "one-kept48", "features.mm_hashes.image[0]"),
+        ({"method": "fastv", "budget": 90}, TOKENS, None, "features.kwargs_data.image[0]"),
+        ({"method": "random", "budget": 48}, 48, "three-kept48", "features.kwargs_data.image[0]"),
+    ],
+)
+def test_rendered_images_must_agree_with_their_places(
+    server: Server, reduction: Any, length: int, mm_hash: str | None, param: str | None
+) -> None:
+    """An image with fewer rows than its place in the prompt would end the engine."""
+    prompt = rendered(server, reduction, length, mm_hash)
+    answer = server.http.post("/inference/v1/generate", json=prompt)
+    if param is None:
+        assert answer.status_code == 200, answer.text
+        # Without the data: the engine has them, and the hash says how many rows they make.
+        prompt["features"]["kwargs_data"] = None
+        again = server.http.post("/inference/v1/generate", json=prompt).json()
+        assert again["choices"][0]["token_ids"] == answer.json()["choices"][0]["token_ids"]
+        place = prompt["features"]["mm_placeholders"]["image"][0]
+        prompt["token_ids"].insert(place["offset"], prompt["token_ids"][place["offset"]])
+        place["length"] += 1
+        param = "features.mm_placeholders.image[0].length"
+        answer = server.http.post("/inference/v1/generate", json=prompt)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"].startswith(param)
+    assert server.http.get("/health").status_code == 200
 
 
 def test_the_client_gets_its_own_exceptions(server: Server) -> None:

@@ -281,10 +281,27 @@ def test_settings_that_cannot_be_used(said: dict[str, Any], field: str) -> None:
         assert where in str(caught.value)
 
 
-@pytest.mark.parametrize("detail", ["medium", "", 3, True, ["low"], {"low": 1}])
+@pytest.mark.parametrize("detail", ["medium", " ", 3, True, ["low"], {"low": 1}])
 def test_unknown_details(detail: Any) -> None:
-    with pytest.raises(SettingsError, match="'low', 'high' or 'auto'"):
+    with pytest.raises(SettingsError, match="'low', 'high', 'original' or 'auto'"):
         settle(read(), Level(), on_image(detail=detail))
+
+
+def test_what_clients_write_for_a_detail() -> None:
+    """OpenAI's newest word, an enum's name in upper case, a field that nobody has set."""
+    policy = read(default_budget="100", high_budget="90", low_budget="20")
+
+    def budget(detail: str) -> Any:
+        [reduction] = settle(policy, Level(), on_image(detail=detail))
+        return reduction and reduction.budget
+
+    assert [budget(d) for d in ("high", "HIGH", "original", "Original")] == [90] * 4
+    assert [budget(d) for d in ("low", "LOW", "Low")] == [20] * 3
+    assert [budget(d) for d in ("auto", "AUTO", "")] == [100] * 3
+    for said in ("AUTO", ""):  # they say nothing beside a budget, either
+        assert settle(policy, Level(), on_image(detail=said, visual_token_budget=9)) == [
+            Reduction(budget=9)
+        ]
 
 
 def test_a_detail_beside_a_budget() -> None:

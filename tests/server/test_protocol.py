@@ -12,8 +12,13 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
+from vllm.renderers.chat_utils import _KNOWN_CONTENT_PART_FIELDS
 
 from ficoco_server import cli, metrics
 from ficoco_server.api_router import Guard, _refusal
@@ -24,14 +29,16 @@ from ficoco_server.protocol import (
     ChatRequest,
     ResponseRequest,
     holds_image,
+    meant,
     mentioned,
+    stray_setting,
     take_settings,
 )
-from ficoco_server.reducer import Reducer
+from ficoco_server.reducer import Reducer, _refuse_prompt_logprobs
 from ficoco_server.serving import _check_stages, _with_report
 from vllm_ficoco.cost import Decoder
 from vllm_ficoco.engine.checks import SCHEDULER
-from vllm_ficoco.settings import Reduction
+from vllm_ficoco.settings import Reduction, SettingsError
 from vllm_ficoco.vision.geometry import Geometry
 
 URL = "data:image/png;base64,AAAA"
@@ -79,11 +86,13 @@ def test_two_settings_of_one_image_must_be_the_same() -> None:
     assert take_settings(same, "messages")[1].misplaced is None
     other = body({**image(visual_token_budget=9), "visual_token_budget": 64})
     misplaced = take_settings(other, "messages")[1].misplaced
-    assert misplaced is not None and misplaced.said == {"visual_token_budget": 64}
-    for outer, inner in (("auto", "low"), ("low", "auto")):  # auto says nothing
-        given = body({**image(detail=inner), "detail": outer})
-        [level] = take_settings(given, "messages")[1].images
-        assert level.said == {"detail": "low"}
+    assert misplaced is not None and misplaced.value == 64
+    assert misplaced.field == "messages[0].content[0].visual_token_budget"
+    for nothing in ("auto", "AUTO", "", None):
+        for outer, inner in ((nothing, "low"), ("low", nothing)):
+            given = body({**image(detail=inner), "detail": outer})
+            [level] = take_settings(given, "messages")[1].images
+            assert level.said == {"detail": "low"}
 
 
 def test_vllm_does_not_see_them() -> None:
@@ -120,17 +129,121 @@ def test_odd_messages_are_left_to_vllm(messages: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "where"),
     [
-        (body({**TEXT, "visual_token_budget": 9}), "messages[0].content[0]"),
+        (
+            body({**TEXT, "visual_token_budget": 9}),
+            "messages[0].content[0].visual_token_budget",
+        ),
         (
             body({"type": "video_url", "video_url": {"url": URL, "reduction": {}}}),
-            "messages[0].content[0].video_url",
+            "messages[0].content[0].video_url.reduction",
         ),
-        ({"messages": [{"role": "user", "content": "a", "reduction": 1}]}, "messages[0]"),
+        (
+            body({**image(), "metadata": {"reduction": {}}}),
+            "messages[0].content[0].metadata.reduction",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "reduction": 1}]},
+            "messages[0].reduction",
+        ),
+        *(
+            ({"messages": [], holder: {"visual_token_budget": 9}}, f"{holder}.visual_token_budget")
+            for holder in (
+                *("vllm_xargs", "extra_body", "chat_template_kwargs", "metadata", "stream_options"),
+                *("mm_processor_kwargs", "media_io_kwargs", "kv_transfer_params", "model_kwargs"),
+            )
+        ),
+        *(
+            ({"messages": [], holder: {"images": {"reduction": 9}}}, f"{holder}.images.reduction")
+            for holder in ("extra_body", "mm_processor_kwargs", "media_io_kwargs")
+        ),
+        ({"messages": [], "extra_body": {"visualTokenBudget": 9}}, "extra_body.visualTokenBudget"),
     ],
 )
 def test_settings_in_the_wrong_place_are_noticed(given: dict[str, Any], where: str) -> None:
-    misplaced = take_settings(given, "messages")[1].misplaced
-    assert misplaced is not None and misplaced.path == where
+    asked = take_settings(given, "messages")[1]
+    misplaced = asked.misplaced or stray_setting(given, ChatRequest.model_fields)
+    assert misplaced is not None and misplaced.field == where
+
+
+MISSPELT = [
+    *("budget", "Budget", "BUDGET", "budgets", "bugdet"),
+    *("visual_token_budgets", "visual_tokens_budget", "visual_tokn_budget", "visual_token_bugdet"),
+    *("visualTokenBudget", "VISUAL_TOKEN_BUDGET", "visual-token-budget", "visual.token.budget"),
+    *("Reduction", "REDUCTION", "reductions", "redution", "reductoin", "reducti0n", "_reduction"),
+]
+
+
+@pytest.mark.parametrize("key", MISSPELT)
+def test_a_setting_that_is_misspelt(key: str) -> None:
+    """On the request and on an image, in and beside its image_url."""
+    right = "reduction" if "ed" in key.lower() else "visual_token_budget"
+    part = "messages[0].content[0]"
+    for given, field in (
+        (body(image(), **{key: 9}), key),
+        (body(image(**{key: 9})), f"{part}.image_url.{key}"),
+        (body({**image(), key: 9}), f"{part}.{key}"),
+        (body({"type": "input_image", "image_url": URL, key: 9}), f"{part}.{key}"),
+    ):
+        asked = take_settings(given, "messages")[1]
+        wrong = asked.misplaced or stray_setting(given, ChatRequest.model_fields)
+        assert wrong is not None and wrong.field == field
+        assert wrong.allowed.startswith(f"{right},")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("deduction", "reaction", "production", "bucket", "max_budget", "budget_tokens", "method"),
+        *("thinking_token_budget", "visual", "token_budget", "introduction", "", "b", "r" * 10_000),
+    ],
+)
+def test_a_key_that_is_none_of_ours(key: str) -> None:
+    assert meant(key) is None
+
+
+def test_no_field_of_vllm_is_taken_for_a_misspelt_setting() -> None:
+    for model in (ChatCompletionRequest, ResponsesRequest, GenerateRequest, CompletionRequest):
+        assert [name for name in model.model_fields if meant(name)] == []
+    assert [name for name in _KNOWN_CONTENT_PART_FIELDS if meant(name)] == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reduction": {"method": "tome", "options": {"budget": 1}}},
+        {"metadata": {"budget": "9", "Reduction": "a user's tag"}},
+        {"chat_template_kwargs": {"budget": 9, "enable_thinking": False}},
+        {"vllm_xargs": {"visual_token_budget": None, "budgets": 3}},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {
+            "type": "object", "properties": {"reduction": {}, "budget": {}}}}}]},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {
+            "properties": {"reduction": {"type": "integer"}}}}}},
+        {"structured_outputs": {"json": {"properties": {"visual_token_budget": {}}}}},
+        {"guided_json": {"properties": {"reduction": {"type": "integer"}}}},
+        {"budget": None, "documents": [{"reduction": "a text"}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function",
+            "function": {"name": "f", "arguments": '{"reduction": 9}'}}]}]},
+    ],
+)  # fmt: skip
+def test_what_users_may_call_by_our_names(fields: dict[str, Any]) -> None:
+    given = body(image(), TEXT) | fields
+    assert take_settings(given, "messages")[1].misplaced is None
+    assert stray_setting(given, ChatRequest.model_fields) is None
+
+
+def test_strays_reach_the_one_refusal(reducer: Reducer) -> None:
+    for fields, param in (
+        ({"budget": 9}, "budget"),
+        ({"vllm_xargs": {"reduction": 9}}, "vllm_xargs.reduction"),
+        ({"extra_body": {"visual_token_budget": 9}}, "extra_body.visual_token_budget"),
+    ):
+        for request in (
+            ChatRequest.model_validate(body(image(), **fields)),
+            ResponseRequest.model_validate({"input": "hello", **fields}),
+        ):
+            with pytest.raises(VLLMValidationError) as refused:
+                reducer.settle(request, [])
+            assert refused.value.parameter == param
 
 
 def test_settings_of_a_responses_request() -> None:
@@ -180,6 +293,8 @@ def test_a_copy_keeps_the_settings() -> None:
     [
         ({"visual_token_budget": 9}, ""),
         ({"reduction": {}}, ""),
+        ({"extra_body": {"reduction": {}}}, "extra_body"),
+        ({"mm_processor_kwargs": {"images": {"reduction": {}}}}, "mm_processor_kwargs.images"),
         (body(image(visual_token_budget=9)), "messages[0].content[0].image_url"),
         (
             {"messages": [body(image(reduction=1))["messages"]]},
@@ -266,6 +381,18 @@ def test_images_do_not_pass_by_the_largest_budget() -> None:
     assert _refusal(text, "/v1/messages", 64) is None
 
 
+def test_rendered_images_do_not_pass_by_the_largest_budget() -> None:
+    """Of ``/inference/v1/generate``: by their features, and by parts that vLLM renders."""
+    features = {"mm_hashes": {"image": ["a"]}, "mm_placeholders": {"image": [{"offset": 1}]}}
+    for images in ({"features": features}, {"content_parts": [{"type": "image_url", "url": URL}]}):
+        payload = json.dumps({"token_ids": [1], "sampling_params": {}, **images}).encode()
+        assert "largest visual token budget" in str(_refusal(payload, "/inference/v1/generate", 64))
+        assert _refusal(payload, "/inference/v1/generate", None) is None
+    for features in (None, {"mm_hashes": {}}):
+        payload = json.dumps({"token_ids": [1], "image": 0, "features": features}).encode()
+        assert _refusal(payload, "/inference/v1/generate", 64) is None
+
+
 async def test_the_guard_refuses_what_is_spelt_with_escapes() -> None:
     sent, _ = await _through_guard(b'{"visual\\u005ftoken_budget": 64}')
     assert sent[0]["status"] == 400
@@ -333,6 +460,45 @@ def test_settings_hidden_in_mm_processor_kwargs(reducer: Reducer) -> None:
         reducer.settle(request, [])
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"echo": True}, "echo"),
+        ({"echo": True, "logprobs": True, "top_logprobs": 3, "min_tokens": 9}, "echo"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1, "echo": True, "return_token_ids": True}, "prompt_logprobs"),
+        ({"echo": False, "return_token_ids": True, "logprobs": True, "top_logprobs": 1}, None),
+        ({"vllm_xargs": {"prompt_logprobs": 1}, "return_prompt_text": True}, None),
+    ],
+)
+def test_what_becomes_prompt_logprobs_is_named(fields: dict[str, Any], named: str | None) -> None:
+    """Whatever the field, if it has vLLM ask for logprobs of rows that leave in the decoder."""
+    request = ChatRequest.model_validate(body(image(), **fields))
+    assert (request.to_sampling_params(16, {}).prompt_logprobs is None) == (named is None)
+    if named is None:
+        _refuse_prompt_logprobs(request)
+        return
+    with pytest.raises(SettingsError, match="leave inside the decoder") as refused:
+        _refuse_prompt_logprobs(request)
+    assert refused.value.field == named and refused.value.value == fields[named]
+
+
+def test_no_other_field_asks_for_prompt_logprobs() -> None:
+    """Of vLLM's own: each alone, with a value that it takes."""
+    for model, least in ((ChatCompletionRequest, body(TEXT)), (ResponsesRequest, {"input": "a"})):
+        asking = set()
+        for name in model.model_fields.keys() - least.keys():
+            for value in (True, 1, 0.5, "a", ["a"], [1], {"a": 1}):
+                try:
+                    request = model.model_validate({**least, name: value})
+                    params = request.to_sampling_params(16, {})
+                except (VLLMValidationError, ValueError, TypeError, AttributeError):
+                    continue
+                whole = params.prompt_logprobs, params.prompt_logprob_token_ids
+                asking |= {name} if whole != (None, None) else set()
+        assert asking == ({"echo", "prompt_logprobs"} if model is ChatCompletionRequest else set())
+
+
 def test_images_of_earlier_turns_follow_the_request(reducer: Reducer) -> None:
     request = ResponseRequest.model_validate(
         {
@@ -352,40 +518,58 @@ def chunk(finish: str | None = None, text: str = "", usage: bool = False) -> str
     return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
-async def _stream(*chunks: str, n: int = 1, report: bool = True) -> tuple[list[str], Any]:
+async def _stream(*chunks: str, report: bool = True) -> tuple[list[str], Any]:
     async def source() -> AsyncIterator[str]:
         for one in chunks:
             yield one
 
     held = REPORT if report else None
-    request: Any = SimpleNamespace(_seen=Observation(), _report=held, n=n)
+    request: Any = SimpleNamespace(_seen=Observation(), _report=held)
     return [one async for one in _with_report(request, source())], request._seen
 
 
 DONE = "data: [DONE]\n\n"
-REPORT = {"visual_tokens_kept": 64, "images": [{"visual_tokens_kept": 64}]}
+REPORT = {
+    "method": "tome",
+    "visual_tokens_before": 144,
+    "visual_tokens_kept": 64,
+    "kv_cache_bytes_saved": 8,
+    "images": [{"visual_tokens_kept": 64}],
+}
+
+
+FIGURES = {
+    "image_tokens": 64,
+    "reduction_method": "tome",
+    "visual_tokens_before": 144,
+    "visual_tokens_kept": 64,
+    "kv_cache_bytes_saved": 8,
+}
 
 
 @pytest.mark.parametrize(
-    ("chunks", "n"),
+    ("chunks", "bearing"),
     [
-        ([chunk(text="a"), chunk("stop")], 1),
-        ([chunk(text='"finish_reason":"stop" "choices":[]'), chunk("length")], 1),
-        ([chunk("stop"), chunk(text="b"), chunk("stop")], 2),
-        ([chunk("stop"), chunk(usage=True)], 1),
+        ([chunk(text="a"), chunk("stop")], [1]),
+        ([chunk(text='"finish_reason":"stop" "choices":[]'), chunk("length")], [1]),
+        ([chunk("stop"), chunk(text="b"), chunk("stop")], [0, 2]),
+        ([chunk(text="a"), chunk("stop"), chunk(usage=True)], [1, 2]),
     ],
 )
-async def test_the_last_chunk_bears_the_report(chunks: list[str], n: int) -> None:
-    got, _ = await _stream(*chunks, DONE, n=n)
-    assert got[:-2] == chunks[:-1] and got[-1] == DONE
-    last = json.loads(got[-2].removeprefix("data: "))
-    assert last.pop("reduction") == REPORT
-    if "usage" in last:
-        assert last["usage"].pop("prompt_tokens_details") == {
-            "multimodal_tokens": {"image": 64},
-            "image_tokens": 64,
-        }
-    assert last == json.loads(chunks[-1].removeprefix("data: "))
+async def test_chunks_that_bear_the_report(chunks: list[str], bearing: list[int]) -> None:
+    """The last one, and before it those with a finish_reason, of which clients keep more."""
+    got, _ = await _stream(*chunks, DONE)
+    assert got[-1] == DONE and len(got) == len(chunks) + 1
+    for i, (had, sent) in enumerate(zip(chunks, got, strict=False)):
+        if i not in bearing:
+            assert sent == had
+            continue
+        data = json.loads(sent.removeprefix("data: "))
+        assert data.pop("reduction") == REPORT
+        if "usage" in data:
+            details = data["usage"].pop("prompt_tokens_details")
+            assert details == {"multimodal_tokens": {"image": 64}, **FIGURES}
+        assert data == json.loads(had.removeprefix("data: "))
 
 
 async def test_no_token_waits_for_the_next() -> None:
@@ -393,7 +577,7 @@ async def test_no_token_waits_for_the_next() -> None:
         yield chunk(text='an odd "finish_reason":"stop"')
         await asyncio.Event().wait()
 
-    request: Any = SimpleNamespace(_seen=Observation(), _report={"a": 1}, n=1)
+    request: Any = SimpleNamespace(_seen=Observation(), _report={"a": 1})
     stream = _with_report(request, source())
     await asyncio.wait_for(anext(stream), 1)
     await stream.aclose()
@@ -403,7 +587,7 @@ async def test_no_token_waits_for_the_next() -> None:
 async def test_streams_without_report_or_with_an_error() -> None:
     chunks = [chunk(text="a"), chunk("stop"), DONE]
     assert (await _stream(*chunks, report=False))[0] == chunks
-    failed = [chunk("stop"), 'data: {"error":{"message":"x"}}\n\n', DONE]
+    failed = [chunk(text="a"), 'data: {"error":{"message":"x"}}\n\n', DONE]
     before = REQUESTS.labels("none", "error")._value.get()
     assert (await _stream(*failed))[0] == failed
     assert REQUESTS.labels("none", "error")._value.get() == before + 1

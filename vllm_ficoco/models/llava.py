@@ -66,6 +66,17 @@ PACKED_FIELD = "packed_reduction"
 """The field beside ``pixel_values`` that carries an image's settings to the model."""
 
 
+_KEPT = "-kept"
+"""Before the number of its visual tokens in the hash of a reduced image."""
+
+
+def tokens_by_hash(mm_hash: str, geometry: Geometry) -> int:
+    """Visual tokens of an image in a cache of vLLM's that is found by this hash; never fewer."""
+    kept = mm_hash.rpartition(_KEPT)[2] if _KEPT in mm_hash else ""
+    counts = map(str, range(1, geometry.tokens))  # a client's uuid may end in any number
+    return int(kept) if kept in counts else geometry.tokens
+
+
 def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
     """What the Hugging Face processor may see."""
     return {k: v for k, v in kwargs.items() if k not in (BUDGET_KEY, REDUCTION_KEY)}
@@ -134,7 +145,8 @@ class ReducingProcessorMixin:
         if any(settings):
             hashes["image"] = [
                 MultiModalHasher.hash_kwargs(algorithm, image=plain, reduction=reduction.key)
-                if reduction
+                + f"{_KEPT}{self.geometry.kept(reduction)}"
+                if reduction and self.geometry
                 else plain
                 for plain, reduction in zip(hashes["image"], settings, strict=True)
             ]

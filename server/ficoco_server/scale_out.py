@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter to vLLM's route for prompts that another server has rendered.
+
+``/inference/v1/generate`` (of a server with ``--enable-scale-out``) takes images as the client says
+that they were processed: a place in the prompt, a hash, and the processor's fields, or none of
+them where the engine has them under the hash. A model that returns fewer rows than a place has
+ends the engine, so the three must agree before a request gets there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.entrypoints.scale_out.token_in_token_out.mm_features import mm_kwargs_from_features
+from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+from vllm.exceptions import VLLMValidationError
+
+from ficoco_server.policy import Policy
+from ficoco_server.reducer import Reducer, needs_whole_prompt
+from ficoco_server.resolve import Level, settle
+from vllm_ficoco.models.llava import PACKED_FIELD, tokens_by_hash
+from vllm_ficoco.settings import REDUCTION_KEY, Reduction, SettingsError, unpack
+from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel
+
+
+class ReductionTokens(ServingTokens):
+    """vLLM's handler, which looks at images before the engine gets them."""
+
+    reducer: Reducer
+
+    async def serve_tokens(self, request: Any, raw_request: Any = None) -> Any:
+        """As in vLLM."""
+        geometry = self.reducer.geometry
+        if request.features is not None and not isinstance(geometry, UnsupportedModel):
+            try:
+                check_features(
+                    request.features, request.sampling_params, self.reducer.policy, geometry
+                )
+            except SettingsError as error:
+                raise VLLMValidationError(str(error), parameter=error.field) from None
+        return await super().serve_tokens(request, raw_request)
+
+
+def check_features(features: Any, params: Any, policy: Policy, geometry: Geometry) -> None:
+    """Whether the parts of every rendered image agree, and with what this server can do.
+
+    Raises:
+        SettingsError: which do not.
+    """
+    items = mm_kwargs_from_features(features).get("image", [])
+    for i, item in enumerate(items):
+        mm_hash, place = features.mm_hashes["image"][i], features.mm_placeholders["image"][i]
+        due = by_hash = tokens_by_hash(mm_hash, geometry)
+        why = "what its hash says"
+        if item is not None:
+            if PACKED_FIELD not in item and "pixel_values" not in item:
+                continue  # image_embeds have any length
+            reduction = _packed_in(item, f"features.kwargs_data.image[{i}]", policy, geometry)
+            due, why = geometry.kept(reduction), "what its settings keep"
+            whole = needs_whole_prompt(params)
+            if whole and reduction is not None and reduction.spec.decoder:
+                allowed = "left out where tokens leave inside the decoder"
+                raise SettingsError(f"sampling_params.{whole}", getattr(params, whole), allowed)
+        if place.length != due:
+            field = f"features.mm_placeholders.image[{i}].length"
+            raise SettingsError(field, place.length, f"{due}, {why}")
+        if by_hash != due:
+            allowed = f"a render's, of an image with {due} visual tokens"
+            raise SettingsError(f"features.mm_hashes.image[{i}]", mm_hash, allowed)
+
+
+def _packed_in(item: Any, field: str, policy: Policy, geometry: Geometry) -> Reduction | None:
+    """The settings that travel with an image, where this server lets a request have them."""
+    packed = item.get(PACKED_FIELD)
+    try:
+        reduction = unpack(packed.data) if packed is not None else None
+    except (ValueError, AttributeError, TypeError):
+        allowed = "an item with settings as a render writes them"
+        raise SettingsError(field, PACKED_FIELD, allowed) from None
+    if reduction is None:
+        return None
+    said = Level(field, {REDUCTION_KEY: reduction.model_dump()})
+    [admitted] = settle(policy, Level(), [said], geometry)
+    return admitted
