@@ -121,7 +121,7 @@ class Engine:
         return getattr(self._client, name)
 
     # Some of vLLM's routes assert that it is one of vLLM's.
-    __class__ = property(lambda self: type(self._client))  # type: ignore[assignment]
+    __class__ = property(lambda self: type(self._client))
 
     @property
     def errored(self) -> bool:
