@@ -106,10 +106,10 @@ def refuses(server: Server) -> bool:
 @pytest.mark.server
 def test_a_server_that_is_told_to_stop_answers_what_it_has_taken(tmp_path: Path) -> None:
     with running(COMMAND, tmp_path / "log") as server:
-        crowd = Crowd(server, tokens=200)
+        crowd = Crowd(server, tokens=100)
         server.process.send_signal(signal.SIGTERM)
         assert eventually(lambda: refuses(server))
-        assert crowd.heard() == [(200, "length")] * CLIENTS
+        assert crowd.heard() == [(100, "length")] * CLIENTS
         assert ends(server) == 0
 
 
