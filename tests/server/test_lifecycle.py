@@ -106,10 +106,10 @@ def refuses(server: Server) -> bool:
 @pytest.mark.server
 def test_a_server_that_is_told_to_stop_answers_what_it_has_taken(tmp_path: Path) -> None:
     with running(COMMAND, tmp_path / "log") as server:
-        crowd = Crowd(server, tokens=100)
+        crowd = Crowd(server, tokens=300)
         server.process.send_signal(signal.SIGTERM)
         assert eventually(lambda: refuses(server))
-        assert crowd.heard() == [(100, "length")] * CLIENTS
+        assert crowd.heard() == [(300, "length")] * CLIENTS
         assert ends(server) == 0
 
 
@@ -183,6 +183,7 @@ async def test_the_engine_runs_until_the_requests_inside_are_answered() -> None:
         await asyncio.sleep(0)
     stopped = asyncio.create_task(asyncio.to_thread(engine.shutdown, 60))
     while not door.closed:
+        assert not stopped.done()
         await asyncio.sleep(0)
     assert client.did == ["no more connections"]
     assert await status(door, app) == 503
