@@ -70,7 +70,7 @@ def test_lines_are_requests_to_the_server(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-5000:]
     out = [json.loads(text) for text in (tmp_path / "out").read_text().splitlines()]
     assert [answer["custom_id"] for answer in out] == [
-        json.loads(text)["custom_id"] if text.endswith("}") else "" for text in lines if text
+        str(json.loads(text)["custom_id"]) if text.endswith("}") else "" for text in lines if text
     ]
     answers = {answer["custom_id"]: answer for answer in out}
 

@@ -120,11 +120,15 @@ def test_two_api_servers_count_as_one_and_stop_in_time(tmp_path: Path) -> None:
     with running([*COMMAND, "--api-server-count=2", "--shutdown-timeout=1"], log) as server:
         assert "PROMETHEUS_MULTIPROC_DIR" not in log.read_text()
         crowd = Crowd(server, tokens=1500)
-        tokens = [
-            value(server.metrics(), "vllm_ficoco_visual_tokens_total", stage=stage)
-            for stage in ("input", "kept")
-        ]
-        assert tokens == [CLIENTS * TOKENS, CLIENTS * 48]
+
+        def counted() -> list[float]:
+            series = server.metrics("vllm_ficoco_visual_tokens_total")
+            return [
+                value(series, "vllm_ficoco_visual_tokens_total", stage=stage)
+                for stage in ("input", "kept")
+            ]
+
+        assert eventually(lambda: counted() == [CLIENTS * TOKENS, CLIENTS * 48])
         server.process.send_signal(signal.SIGTERM)
         assert (1500, "length") not in crowd.heard()
         ends(server)
