@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 MODELS = {
     "LlavaForConditionalGeneration": (
         "vllm_ficoco.models.llava:ReducingLlavaForConditionalGeneration"
@@ -16,12 +20,30 @@ def register() -> None:
 
     The models are named, not imported: that must wait until vLLM needs one of them, because it
     initialises a GPU and costs start-up time.
+
+    Raises:
+        RuntimeError: vLLM runs a batch, where budgets and policy would be lost without a word.
     """
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from vllm_ficoco.models.config import ReducingLlavaConfig
 
+    if "ficoco_server" in os.environ.get("VLLM_PLUGINS", "").split(",") and _runs_vllm_batch():
+        raise RuntimeError(
+            "`vllm run-batch` does not load endpoint plugins, so it would ignore ficoco_server, "
+            "which VLLM_PLUGINS names: visual token budgets, reductions and the policy. "
+            "Use `vllm-ficoco run-batch`, with the same arguments."
+        )
+
     for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, model)
         MODELS_CONFIG_MAP.setdefault(architecture, ReducingLlavaConfig)
+
+
+def _runs_vllm_batch() -> bool:
+    """Whether this process is vLLM's own batch runner; that tells no plugin what it is."""
+    program = Path(sys.argv[0]).stem
+    return program == "run_batch" or (
+        program in ("vllm", "main") and sys.argv[1:2] == ["run-batch"]
+    )

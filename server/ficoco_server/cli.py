@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``vllm-ficoco`` command: ``vllm serve`` with our plugins and defaults switched on.
+"""The ``vllm-ficoco`` command: vLLM's ``serve`` and ``run-batch`` with our plugins and defaults.
 
 Everything that vLLM and prometheus_client read from the environment while they are imported must
 be set before, so neither is imported at the top.
@@ -8,6 +8,7 @@ be set before, so neither is imported at the top.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -23,11 +24,15 @@ TINY = "tiny-llava"
 """Name of the model that comes with the package."""
 
 ENDPOINT_GROUP = "vllm.endpoint_plugins"
-DESCRIPTION = """\
-Serve a vision language model with a visual token budget per request.
+SHUTDOWN_TIMEOUT = 90
+"""Seconds for requests in flight after a signal, where the command line says nothing of it."""
 
-The server is vLLM's own OpenAI-compatible one: every flag of `vllm serve` works, and this command
-adds those below. Try it with the model that comes with the package:
+DESCRIPTION = """\
+Serve a vision language model with a visual token budget per request, or run a file of requests.
+
+The server is vLLM's own OpenAI-compatible one, and so is the batch runner: every flag of `vllm
+serve` and of `vllm run-batch` works, and this command adds those below. Try it with the model that
+comes with the package:
 
   vllm-ficoco serve tiny-llava
 """
@@ -57,8 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"vllm-ficoco {__version__}")
         return
-    if arguments[0] != "serve":
-        parser.error(f"unknown command {arguments[0]!r}; there is: serve")
+    commands = {"serve": serve, "run-batch": run_batch}
+    if arguments[0] not in commands:
+        parser.error(f"unknown command {arguments[0]!r}; there are: {', '.join(commands)}")
     flags, rest = parser.parse_known_args(arguments[1:])
     said = flags.__dict__.pop("stages") or os.environ.get("FICOCO_STAGES")
     stages = _layers(parser, said)
@@ -74,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Policy.from_environment()
     except PolicyError as error:
         parser.error(str(error))
-    serve(rest, stages)
+    commands[arguments[0]](rest, stages)
 
 
 def _layers(parser: argparse.ArgumentParser, said: str | None) -> list[int]:
@@ -95,12 +101,19 @@ def prepare(environment: MutableMapping[str, str], rest: Sequence[str]) -> None:
         global _metrics_directory
         _metrics_directory = tempfile.TemporaryDirectory(prefix="vllm-ficoco-metrics-")
         environment["PROMETHEUS_MULTIPROC_DIR"] = _metrics_directory.name
+        # With several API servers vLLM warns of what an earlier run may have left in a folder
+        # that it has not made. This one is new.
+        logging.getLogger("vllm.v1.metrics.prometheus").addFilter(_not_about_the_folder)
     # prometheus_client does not make it, and fails at its import.
     Path(environment["PROMETHEUS_MULTIPROC_DIR"]).mkdir(parents=True, exist_ok=True)
     if _serves_tiny(rest):
         environment.setdefault("HF_HUB_OFFLINE", "1")
         # GiB, and only read on a CPU; vLLM's default there is a large part of the machine.
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def _not_about_the_folder(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Found PROMETHEUS_MULTIPROC_DIR was set by user")
 
 
 def _serves_tiny(rest: Sequence[str]) -> bool:
@@ -134,8 +147,51 @@ def serve(rest: Sequence[str], stages: Sequence[int] = ()) -> None:
     Args:
         rest: its arguments.
         stages: layers of the decoder at which visual tokens can leave.
+
+    Raises:
+        SystemExit: with 1, the engine has died.
     """
     from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    command = ServeSubcommand()
+    parser, args = _parse(command, rest, stages, "MODEL", shutdown_timeout=SHUTDOWN_TIMEOUT)
+    if args.grpc or os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0":
+        parser.error("budgets need vLLM's HTTP server in Python: not --grpc, not the Rust frontend")
+    command.validate(args)
+    command.cmd(args)
+    from ficoco_server import lifecycle
+
+    if lifecycle.has_failed():  # vLLM returns as if all were well
+        sys.exit("vllm-ficoco: the engine has died")
+
+
+def run_batch(rest: Sequence[str], stages: Sequence[int] = ()) -> None:
+    """Run vLLM's ``run-batch``, a file of requests, with what a request to our server can say.
+
+    Args:
+        rest: its arguments.
+        stages: layers of the decoder at which visual tokens can leave.
+    """
+    from vllm.entrypoints.cli.run_batch import RunBatchSubcommand
+
+    _, args = _parse(RunBatchSubcommand(), rest, stages, "-i INPUT -o OUTPUT --model MODEL")
+    from ficoco_server import batch
+
+    batch.run(args)
+
+
+def _parse(
+    command: Any, rest: Sequence[str], stages: Sequence[int], usage: str, **defaults: Any
+) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """A parser for one of vLLM's commands, and its arguments with what is ours worked in.
+
+    Args:
+        command: vLLM's.
+        rest: its arguments.
+        stages: layers of the decoder at which visual tokens can leave.
+        usage: what the command needs.
+        defaults: of its options, where ours are others.
+    """
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -144,13 +200,10 @@ def serve(rest: Sequence[str], stages: Sequence[int] = ()) -> None:
         print(_parser().format_help())
     cli_env_setup()
     parser = FlexibleArgumentParser(prog="vllm-ficoco")
-    command = ServeSubcommand()
     options = command.subparser_init(parser.add_subparsers(dest="subparser"))
-    parser.usage = options.usage = "vllm-ficoco serve MODEL [options]"
-    options.set_defaults(enable_prompt_tokens_details=True)
-    args = parser.parse_args(["serve", *rest])
-    if args.grpc or os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0":
-        parser.error("budgets need vLLM's HTTP server in Python: not --grpc, not the Rust frontend")
+    parser.usage = options.usage = f"vllm-ficoco {command.name} {usage} [options]"
+    options.set_defaults(enable_prompt_tokens_details=True, **defaults)
+    args = parser.parse_args([command.name, *rest])
     _resolve_tiny(args)
     if stages:
         from vllm.platforms import current_platform
@@ -169,29 +222,30 @@ def serve(rest: Sequence[str], stages: Sequence[int] = ()) -> None:
             if args.attention_backend is None and args.attention_config.backend is None:
                 args.attention_backend = "TRITON_ATTN"
     configure_logging_from_args(args)
-    command.validate(args)
-    command.cmd(args)
+    return parser, args
 
 
 def _resolve_tiny(args: Any) -> None:
     """Let the shipped model be called by its name."""
-    if TINY not in (args.model_tag, args.model) or Path(TINY).exists():
+    tag = getattr(args, "model_tag", None)  # of `serve` alone
+    if TINY not in (tag, args.model) or Path(TINY).exists():
         return
     from vllm_ficoco.tiny_llava import CHECKPOINT
 
-    path = str(CHECKPOINT)
-    args.model = path
-    args.model_tag = args.model_tag and path
+    args.model = str(CHECKPOINT)
+    if tag:
+        args.model_tag = args.model
     args.served_model_name = args.served_model_name or [TINY]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-ficoco",
-        usage="vllm-ficoco serve MODEL [options] [any option of `vllm serve`]",
+        usage="vllm-ficoco serve MODEL [options] [any option of `vllm serve`]\n"
+        "       vllm-ficoco run-batch -i INPUT -o OUTPUT --model MODEL [any of `vllm run-batch`]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="vLLM's own options: vllm-ficoco serve --help=all",
+        epilog="vLLM's own options: vllm-ficoco serve --help=all, vllm-ficoco run-batch --help=all",
         allow_abbrev=False,
         add_help=False,
     )

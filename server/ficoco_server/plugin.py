@@ -21,13 +21,15 @@ class EndpointPlugin:
     # The imports wait, because vLLM lists and loads plugins before it knows whether it needs them.
 
     def attach_router(self, app: FastAPI) -> None:
-        """Put our routes over vLLM's of the same path."""
-        from ficoco_server.api_router import attach
+        """Put our routes over vLLM's of the same path, and a door before them all."""
+        from ficoco_server import api_router, lifecycle
 
-        attach(app)
+        lifecycle.attach(app)
+        api_router.attach(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Read the policy and put our handlers over vLLM's; any mistake stops the start-up."""
-        from ficoco_server.serving import install
+        from ficoco_server import lifecycle, serving
 
-        install(engine_client, state)
+        serving.install(engine_client, state)
+        lifecycle.watch(engine_client, state)

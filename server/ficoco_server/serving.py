@@ -50,7 +50,7 @@ def install(engine_client: Any, state: Any) -> None:
         raise PolicyError(f"VLLM_PLUGINS names {NAME} but not {MODEL_PLUGIN}: it needs both")
     reducer = Reducer(engine_client.vllm_config, Policy.from_environment())
     _check_stages(os.environ.get("FICOCO_STAGES", ""), getattr(reducer.geometry, "starts", ()))
-    chat, responses = state.openai_serving_chat, state.openai_serving_responses
+    chat = state.openai_serving_chat
     renderer = _adopt(ReductionRenderer, chat.online_renderer)
     renderer.reducer = reducer
     renderer.trusting = copy(chat.online_renderer)
@@ -58,9 +58,10 @@ def install(engine_client: Any, state: Any) -> None:
     remember_what_is_sent(engine_client)
     load_images_with_ours()
     state.openai_serving_chat = _adopt(ReductionChat, chat)
-    state.openai_serving_responses = _adopt(ReductionResponses, responses)
-    for handler in (state.openai_serving_chat, state.openai_serving_responses):
-        handler.online_renderer = renderer
+    state.openai_serving_chat.online_renderer = renderer
+    if hasattr(state, "openai_serving_responses"):  # not in a batch
+        state.openai_serving_responses = _adopt(ReductionResponses, state.openai_serving_responses)
+        state.openai_serving_responses.online_renderer = renderer
     if (tokens := getattr(state, "serving_tokens", None)) is not None:
         state.serving_tokens = _adopt(ReductionTokens, tokens)
         state.serving_tokens.reducer = reducer

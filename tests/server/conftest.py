@@ -40,6 +40,7 @@ class Server(NamedTuple):
     url: str
     openai: openai.OpenAI
     http: httpx.Client
+    process: subprocess.Popen[bytes]
 
     def metrics(self, prefix: str = "vllm") -> Series:
         """The samples of /metrics whose name begins so."""
@@ -118,7 +119,7 @@ def running(command: list[str], log: Path, **environment: str) -> Iterator[Serve
         headers = {"Authorization": f"Bearer {API_KEY}"}
         with httpx.Client(base_url=url, headers=headers, timeout=120) as http:
             client = openai.OpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0)
-            yield Server(url, client, http)
+            yield Server(url, client, http, process)
     finally:
         _stop(process)
 

@@ -18,6 +18,8 @@ import httpx
 import pytest
 import yaml
 
+from ficoco_server.cli import SHUTDOWN_TIMEOUT
+from ficoco_server.lifecycle import LAST_WORDS
 from tests.server.conftest import MODEL, Server, image, user
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +57,17 @@ def test_what_compose_builds_and_mounts_is_there() -> None:
                 assert (DEPLOY / source).is_dir()
             elif not source.startswith("../"):
                 assert source in COMPOSE["volumes"]
+
+
+def test_compose_gives_servers_time_to_answer_and_starts_dead_ones_again() -> None:
+    for name in ("server-cpu", "server-gpu"):
+        service = COMPOSE["services"][name]
+        command = service.get("command", [])
+        seconds = SHUTDOWN_TIMEOUT  # of our command, the image's entrypoint for CPUs
+        if name == "server-gpu":  # vLLM's
+            seconds = int(command[command.index("--shutdown-timeout") + 1])
+        assert int(service["stop_grace_period"].removesuffix("m")) * 60 > seconds + LAST_WORDS
+        assert service["restart"] == "unless-stopped"
 
 
 def test_grafana_finds_its_source_and_its_dashboards() -> None:
