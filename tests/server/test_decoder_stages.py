@@ -100,7 +100,7 @@ def test_images_that_do_not_fit_one_step_are_refused_where_the_question_is_read(
     assert "'15 images'" in error["message"] and "14 images or fewer" in error["message"]
     assert "--max-num-batched-tokens" in error["message"]
     answer = ask(
-        server, *images, reduction={"method": "vitcop", "options": {"tokens": [62, 60, 50]}}
+        server, *images, reduction={"method": "vitcop", "options": {"tokens": [70, 60, 60]}}
     )
     assert len(answer.reduction["images"]) == 15
 
