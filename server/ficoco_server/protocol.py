@@ -7,7 +7,8 @@ settings of the images are picked from the raw body first; :mod:`ficoco_server.r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, Field, PrivateAttr, WithJsonSchema, model_validator
@@ -98,6 +99,13 @@ def is_image(part: Any) -> bool:
     return any(form in part for form in _IMAGE_FORMS)
 
 
+def _near_misses(keys: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Keys that are nearly ours, and which of ours; of the first thousand, if there are more."""
+    for key in islice(keys, 1000):
+        if (ours := meant(key)) is not None:
+            yield key, ours
+
+
 def meant(key: str) -> str | None:
     """Which of our keys a client means with one of a request or an image that is not known there.
 
@@ -125,30 +133,28 @@ def stray_setting(body: Mapping[str, Any], known: Collection[str]) -> SettingsEr
     That is one of our keys in any object of the body, or a key of the body itself that is not
     ``known`` and nearly ours. Schemas, tools, and the texts of users are no such places.
     """
-    for key in body.keys() - known:
-        if (ours := meant(key)) is not None and body[key] is not None:
+    for key, ours in _near_misses(body.keys() - known):
+        if body[key] is not None:
             return SettingsError(key, body[key], f"{ours}, if visual tokens are meant")
     for holder, where in _objects(body):
-        near = where == "extra_body"
-        for key in holder if near else OUR_KEYS:
-            ours = meant(key) if near else key
-            if ours is not None and holder.get(key) is not None:
-                return SettingsError(
-                    f"{where}.{key}",
-                    holder[key],
-                    f"the request's own field {ours}"
-                    + (", as clients send what is in their argument extra_body" if near else ""),
-                )
+        wrapped = where == "extra_body"
+        exact = ((key, key) for key in OUR_KEYS)
+        for key, ours in chain(exact, _near_misses(holder) if wrapped else ()):
+            if holder.get(key) is not None:
+                allowed = f"the request's own field {ours}"
+                if wrapped:
+                    allowed += ", as clients send what is in their argument extra_body"
+                return SettingsError(f"{where}.{key}", holder[key], allowed)
     return None
 
 
 def _objects(body: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
     """The objects right in a body, but for our own, and those inside of its wrappers."""
     for name, value in body.items():
-        if isinstance(value, Mapping) and name not in OUR_KEYS:
+        if isinstance(value, dict) and name not in OUR_KEYS:
             yield value, name
             for key, inner in value.items() if name in _WRAPPERS else ():
-                if isinstance(inner, Mapping) and key not in OUR_KEYS:
+                if isinstance(inner, dict) and key not in OUR_KEYS:
                     yield inner, f"{name}.{key}"
 
 
@@ -179,8 +185,8 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
             if where not in (path, f"{path}.image_url"):
                 refuse(Level(where, _ours(holder, OUR_KEYS)))
                 continue
-            for key in holder.keys() - IMAGE_KEYS if not misplaced else ():
-                if (ours := meant(key)) is not None and holder[key] is not None:
+            for key, ours in _near_misses(holder.keys() - IMAGE_KEYS) if not misplaced else ():
+                if holder[key] is not None:
                     allowed = f"{ours}, if visual tokens are meant"
                     misplaced.append(SettingsError(f"{where}.{key}", holder[key], allowed))
         inner = part.get("image_url")

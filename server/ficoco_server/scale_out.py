@@ -15,6 +15,7 @@ from vllm.entrypoints.scale_out.token_in_token_out.mm_features import mm_kwargs_
 from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 from vllm.exceptions import VLLMValidationError
 
+from ficoco_server.metrics import INVALID, REQUESTS
 from ficoco_server.policy import Policy
 from ficoco_server.reducer import Reducer, needs_whole_prompt
 from ficoco_server.resolve import Level, settle
@@ -37,6 +38,7 @@ class ReductionTokens(ServingTokens):
                     request.features, request.sampling_params, self.reducer.policy, geometry
                 )
             except SettingsError as error:
+                REQUESTS.labels(INVALID, "refused").inc()
                 raise VLLMValidationError(str(error), parameter=error.field) from None
         return await super().serve_tokens(request, raw_request)
 

@@ -20,7 +20,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.renderers.chat_utils import _KNOWN_CONTENT_PART_FIELDS
 
-from ficoco_server import cli, metrics
+from ficoco_server import cli, metrics, protocol
 from ficoco_server.api_router import Guard, _refusal
 from ficoco_server.metrics import INVALID, REQUESTS, Observation, budget_bucket
 from ficoco_server.policy import Policy, PolicyError
@@ -205,6 +205,18 @@ def test_no_field_of_vllm_is_taken_for_a_misspelt_setting() -> None:
     for model in (ChatCompletionRequest, ResponsesRequest, GenerateRequest, CompletionRequest):
         assert [name for name in model.model_fields if meant(name)] == []
     assert [name for name in _KNOWN_CONTENT_PART_FIELDS if meant(name)] == []
+
+
+def test_of_many_keys_few_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours are found among any number of others, and a body of a million keys takes no longer."""
+    looked: list[str] = []
+    monkeypatch.setattr(protocol, "meant", lambda key: looked.append(key))
+    many = {f"visual_token_{i}": 1 for i in range(50_000)}
+    given = {**body(image(**many)), **many, "extra_body": {**many, "reduction": {"budget": 9}}}
+    assert take_settings(given, "messages")[1].misplaced is None
+    stray = stray_setting(given, ChatRequest.model_fields)
+    assert stray is not None and stray.field == "extra_body.reduction"
+    assert len(looked) <= 3000
 
 
 @pytest.mark.parametrize(
