@@ -18,6 +18,7 @@ from ficoco_server.protocol import ReductionFields, count_images
 from ficoco_server.resolve import Level, settle
 from vllm_ficoco import schedule
 from vllm_ficoco.cost import Decoder, prefill_flops_ratio
+from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.engine.gaps import Run, held_of
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.plugin import MODELS
@@ -356,15 +357,6 @@ class Reducer:
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
-
-
-def needs_whole_prompt(params: SamplingParams) -> str | None:
-    """The sampling parameter that asks for every row of a prompt; None where none does.
-
-    Rows that leave inside the decoder have no logprobs, and the engine would end such a request.
-    """
-    names = ("prompt_logprobs", "prompt_logprob_token_ids")
-    return next((name for name in names if getattr(params, name) is not None), None)
 
 
 def _refuse_prompt_logprobs(request: Any) -> None:

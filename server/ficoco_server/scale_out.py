@@ -17,8 +17,9 @@ from vllm.exceptions import VLLMValidationError
 
 from ficoco_server.metrics import INVALID, REQUESTS
 from ficoco_server.policy import Policy
-from ficoco_server.reducer import Reducer, needs_whole_prompt
+from ficoco_server.reducer import Reducer
 from ficoco_server.resolve import Level, settle
+from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.models.llava import PACKED_FIELD, tokens_by_hash
 from vllm_ficoco.settings import REDUCTION_KEY, Reduction, SettingsError, unpack
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel

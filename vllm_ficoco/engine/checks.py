@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.sampling_params import SamplingParams
 
 from vllm_ficoco.vision.geometry import geometry_of
 
@@ -34,6 +35,15 @@ def check(config: VllmConfig) -> None:
     """
     for wrong in _problems(config):
         raise StagesError(f"decoder stages (reduction_stages) {wrong}")
+
+
+def needs_whole_prompt(params: SamplingParams) -> str | None:
+    """The sampling parameter that asks for every row of a prompt; None where none does.
+
+    Rows that leave inside the decoder have no logprobs, and the engine would end such a request.
+    """
+    names = ("prompt_logprobs", "prompt_logprob_token_ids")
+    return next((name for name in names if getattr(params, name) is not None), None)
 
 
 def _problems(config: VllmConfig) -> Iterator[str]:

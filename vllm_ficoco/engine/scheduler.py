@@ -20,6 +20,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ficoco import schedule
+from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.engine.encoder import TowerBudget, encoded
 from vllm_ficoco.engine.gaps import Plan, Run
 from vllm_ficoco.engine.kv import GapManager, PlannedHashes
@@ -75,7 +76,7 @@ class _Planning:
             # in one step where the method reads the question. Our front end has refused the first
             # and the last; a request that comes another way ends in an error.
             wrong = {
-                "prompt_logprobs": request.sampling_params.prompt_logprobs is not None,
+                "prompt_logprobs": needs_whole_prompt(request.sampling_params) is not None,
                 "prompts that come in pieces": request.resumable,
                 "more images than a step can encode": (
                     plan.looks_at_question
