@@ -365,18 +365,19 @@ def visionzip(image: Image, keep: int, contextual: float) -> Reduced:
 
 
 def prumerge(image: Image, keep: int, neighbours: int) -> Reduced:
-    """arXiv 2403.15388 at a fixed count: nearest leaving neighbours, by [CLS] attention."""
+    """arXiv 2403.15388 at a fixed count: a token weighs 1, its nearest leaving neighbours what
+    [CLS] gives them."""
     attention, keys = image.of_cls(), image.mean_keys()
     source = sorted(ranked([-a for a in attention])[: image.n - keep])
     target = without(image.n, source)
     hidden = []
     for j in target:
         nearest = ranked([likeness(keys[j], keys[i]) for i in source])[:neighbours]
-        total, whole = attention[j] * image.hidden[j], attention[j]
+        total, whole = image.hidden[j], 1.0
         for i in (source[place] for place in nearest):
             total = total + attention[i] * image.hidden[i]
             whole += attention[i]
-        hidden.append(total / whole if whole else image.hidden[j])
+        hidden.append(total / whole)
     _, position, size = kept(image, target)
     return hidden, position, size
 
