@@ -62,6 +62,7 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
     {"weighted": False, "epsilon": 0.95},  # averaged; several receivers, or there is no weight
     {"epsilon": 0.95},
     {"epsilon": 0.99},
+    {"quantile": "matrix"},  # the paper's epsilon, of all of C: most sources have no receiver
     {"normalise": False},
     {"attention": "probabilities"},
     {"attention": "probabilities", "normalise": False},

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.reference.decoder import CHOOSE, Look
 from tests.waiting import NoWaiting
-from vllm_ficoco.methods import METHODS, decoding
+from vllm_ficoco.methods import METHODS, decoding, vitcop
 from vllm_ficoco.methods.decoding import DecoderEvidence
 from vllm_ficoco.methods.k_norm import K_NORM
 from vllm_ficoco.methods.paradigm import AttentionKind, Tokens, reduce
@@ -129,6 +129,20 @@ def test_matches_the_transcription(case: str, tokens: int, text: int) -> None:
             assert got.position[image].tolist() == seen.place[image][rows].tolist(), keep
             wanted = torch.stack([truth[row] for row in rows])
             torch.testing.assert_close(got.hidden[image], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_vitcop_finds_clusters_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of its time; filter and correlate need the same."""
+    found: list[int] = []
+    original = vitcop.clusters
+
+    def watched(tokens: Tokens, evidence: DecoderEvidence, count: int, options: Any) -> Tensor:
+        found.append(count)
+        return original(tokens, evidence, count, options)
+
+    monkeypatch.setattr(vitcop, "clusters", watched)
+    reduced(Seen(2, 30, 4), "vitcop", {}, 20, slice(None))
+    assert found == [2]
 
 
 @pytest.mark.parametrize("name", DECODER)

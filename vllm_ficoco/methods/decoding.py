@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field
@@ -31,6 +31,8 @@ CHANGES: dict[AttentionKind, Callable[[Tensor], Tensor]] = {
     "logits": lambda products: products,
 }
 """What becomes of scaled products before their mean is taken."""
+
+Found = TypeVar("Found")
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """Query (B, H, n, d), key and value (B, G, n, d)."""
@@ -57,7 +59,19 @@ class DecoderEvidence:
     heads: int
     """H over all ranks."""
     sum_over_ranks: Callable[[Tensor], Tensor] = field(default=lambda x: x)
-    _known: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _known: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
+
+    def remember(self, what: tuple[Any, ...], find: Callable[[], Found]) -> Found:
+        """What one step of a method has found from this evidence, for the next one to use.
+
+        Args:
+            what: a name, and all that the finding depends on and that is not the evidence's own.
+            find: the work.
+        """
+        if what not in self._known:
+            self._known[what] = find()
+        found: Found = self._known[what]
+        return found
 
     @cached_property
     def _image(self) -> Heads:
