@@ -38,10 +38,14 @@ class DartOptions(DecoderOptions):
 
 def filter(tokens: Tokens, evidence: DecoderEvidence, leave: int, options: DartOptions) -> Tensor:
     keep = len(tokens) - leave
-    visual = highest(evidence.key_norms, min(options.visual_pivots, keep))
-    text = highest(evidence.text_key_norms, options.text_pivots)
-    pivots = torch.cat([take(tokens.hidden, visual), take(evidence.text_hidden, text)], 1)
-    likeness = cosine(pivots, tokens.hidden)  # (B, pivots, n)
+    of_visual, of_text = evidence.key_lengths_before
+    visual = highest(of_visual, min(options.visual_pivots, keep))
+    text = highest(of_text, options.text_pivots)
+    # Behind the final norm; that it divides each token by its length is nothing to a cosine.
+    hidden = tokens.hidden.float() * evidence.final_norm
+    text_hidden = take(evidence.text_hidden, text).float() * evidence.final_norm
+    pivots = torch.cat([take(hidden, visual), text_hidden], 1)
+    likeness = cosine(pivots, hidden)  # (B, pivots, n)
     kept = visual
     count = pivots.shape[1]
     for pivot in range(count):
@@ -56,6 +60,6 @@ DART = in_decoder(
     "dart",
     "keeps a few pivots and what is least like them, at one decoder stage",
     "Wen et al., Stop Looking for Important Tokens, arXiv 2502.11494",
-    DecoderPart(layers=(2,), steps=(Steps(filter),)),
+    DecoderPart(layers=(2,), steps=(Steps(filter),), looks_before=True),
     DartOptions,
 )

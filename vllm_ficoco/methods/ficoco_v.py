@@ -91,11 +91,11 @@ class FiCoCoVOptions(Options):
     @classmethod
     def _one_way_to_choose(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses both; either may come first, as FiCoCo-VL inherits them in another order."""
-        both = {**info.data, info.field_name: value}
+        both = info.data | {str(info.field_name): value}
         if both.get("quantile") == "matrix" and both.get("receivers") is not None:
-            others = {"receivers": "left out where quantile is 'matrix'"}
-            allowed = others.get(str(info.field_name), "'row' where receivers is given")
-            raise PydanticCustomError("one_way_to_choose", allowed)  # type: ignore[arg-type]
+            if info.field_name == "quantile":
+                raise PydanticCustomError("two_ways", "'row' where receivers is given")
+            raise PydanticCustomError("two_ways", "left out where quantile is 'matrix'")
         return value
 
 
