@@ -98,7 +98,7 @@ def dart(look: Look, keep: int) -> Chosen:
     hidden = look.hidden / look.hidden.square().mean(1, keepdim=True).sqrt() * look.final_norm
     pivots = best(look.image, length[look.image], min(4, keep))
     kept, more = list(pivots), keep - len(pivots)
-    pivots += best(look.text, length[look.text], 4)
+    pivots = best(look.text, length[look.text], 4) + pivots
     for number, pivot in enumerate(pivots):
         share = more // len(pivots) + (number < more % len(pivots))
         rest = [row for row in look.image if row not in kept]

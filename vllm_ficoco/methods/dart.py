@@ -5,8 +5,14 @@ Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Du
 More", arXiv 2502.11494: pivots are the visual and the text tokens with the longest keys; each
 pivot in turn adds the visual tokens that are least similar to it.
 
+As in the authors' code, a key's length is the sum of its absolute values over all heads, in the
+layer before the one at which tokens leave, and tokens are compared (cosine) as the norm behind the
+decoder's last layer would have them.
+
 Deviations: every pivot adds as many tokens as make the budget, the first ones one more (the
-authors: int(576 * kept / 8) each, which misses it); ties go to the lower index.
+authors: int(576 * kept / 8) each, which misses it); pivots take their turns by length, those of the
+text first (the authors: in the order of a Python set of positions, which mixes both; the image's
+first measures worse, benchmarks/RESULTS.md); ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -44,7 +50,7 @@ def filter(tokens: Tokens, evidence: DecoderEvidence, leave: int, options: DartO
     # Behind the final norm; that it divides each token by its length is nothing to a cosine.
     hidden = tokens.hidden.float() * evidence.final_norm
     text_hidden = take(evidence.text_hidden, text).float() * evidence.final_norm
-    pivots = torch.cat([take(hidden, visual), text_hidden], 1)
+    pivots = torch.cat([text_hidden, take(hidden, visual)], 1)
     likeness = cosine(pivots, hidden)  # (B, pivots, n)
     kept = visual
     count = pivots.shape[1]

@@ -30,8 +30,8 @@ ablation "fixed K = 1" (its table 2: 46.97 on TextVQA, 53.56 for pruning alone, 
 ``quantile`` chooses:
 
 - ``row``: as the paper writes it.
-- ``matrix``: tau is one quantile, over all of C. K then differs by token: sources that hardly
-  anything stands out for have none and are pruned, as most are. It measures better, too.
+- ``matrix``: tau is one quantile, over all of C. K then differs by token, and is 0, which prunes,
+  for sources that nothing stands out for: for most, where T is far below 500. It measures better.
 
 Deviations: the start layer is a share of the depth that runs (the paper's 12th of CLIP-L's 24, of
 which LLaVA runs 23); what leaves per layer follows from the budget (the authors: 42). Without
