@@ -270,8 +270,8 @@ class StagedDecoder:
         """Before any layer runs: what methods need of the decoder's input and of layers to come.
 
         Args:
-            embeddings: (rows, D), the decoder's input. The first layer changes it in place, so
-                what is noted of it must be noted now.
+            embeddings: (rows, D), the decoder's input. The first layer may change it in place (its
+                norms do on GPUs), so what is noted of it must be noted now.
             images: among the rows.
             by_stage: the rows that stages run on.
         """
