@@ -54,6 +54,7 @@ SEED = 20_000
 ABLATIONS: tuple[dict[str, Any], ...] = (
     {"lambda": 0.0},  # without local redundancy
     {"lambda": 1.0},  # without task redundancy
+    {"lambda": 0.65},  # as in the authors' code
     {"coefficient": 1.0},  # without the penalty for neighbours
     {"coefficient": 4.0},
     {"receivers": 0},  # pruning alone
@@ -62,6 +63,7 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
     {"weighted": False, "epsilon": 0.95},  # averaged; several receivers, or there is no weight
     {"epsilon": 0.95},
     {"epsilon": 0.99},
+    {"quantile": "matrix"},  # the paper's epsilon, of all of C: most sources have no receiver
     {"normalise": False},
     {"attention": "probabilities"},
     {"attention": "probabilities", "normalise": False},
@@ -624,7 +626,7 @@ def main() -> None:
     where.add_argument("--in-process", metavar="MODEL", help="an engine without HTTP")
     parser.add_argument("--serve-args", default="--dtype float32", help="more flags of the server")
     parser.add_argument("--model", default="tiny-llava", help="name of the model on the server")
-    parser.add_argument("--methods", default=",".join(before_decoder))
+    parser.add_argument("--methods", help="only these; else all, before or in the decoder")
     parser.add_argument("--budgets", default="48,32,16,8")
     parser.add_argument("--tokens", type=int, default=144, help="of an unreduced image")
     parser.add_argument("--options", help="JSON; for every method named with --methods")
@@ -641,8 +643,9 @@ def main() -> None:
     )
     parser.add_argument("--record", type=Path, help="write the averages here, for the tests")
     args = parser.parse_args()
+    only = args.methods.split(",") if args.methods else []
     settings = settings_of(
-        args.methods.split(","), [int(b) for b in args.budgets.split(",")], args.tokens
+        only or before_decoder, [int(b) for b in args.budgets.split(",")], args.tokens
     )
     if args.options:
         options = json.loads(args.options)
@@ -651,7 +654,8 @@ def main() -> None:
     if args.ablations:
         settings += [Setting("ficoco-v", b, o) for o in ABLATIONS for b in thirds]
     if args.decoder:
-        settings = [settings[0], *decoder_settings(args.block_size)]
+        inside = decoder_settings(args.block_size)
+        settings = [settings[0], *(s for s in inside if not only or s.method in only)]
         args.serve_args += f" --reduction-stages {','.join(map(str, STAGES))}"
         args.serve_args += f" --block-size {args.block_size}"
     for setting in settings:

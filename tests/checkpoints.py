@@ -85,6 +85,7 @@ def random_llava(
                 weight.normal_(0, (1.5 if "lm_head" in name else 1.2) * weight.shape[-1] ** -0.5)
             elif "class_embedding" in name or "position" in name:
                 weight.normal_(0, 0.5)
+        model.model.language_model.norm.weight.uniform_(0.5, 1.5)  # DART compares behind it
     path.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(path)
     save_file(

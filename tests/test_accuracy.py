@@ -233,6 +233,10 @@ def test_a_run_goes_on_and_does_not_mix_what_cannot_be_compared(
     # More questions: a setting that was asked fewer is not in the table with the others.
     results = run("--questions=40", "--methods=tome")
     assert asks == [30, 30, 10, 40] and set(results) == {"none@144", "tome@48"}
+    # Inside the decoder, of all settings those of the methods named.
+    inside = set(run("--questions=40", "--decoder", "--methods=dart")) - set(results)
+    assert asks[4:] == [40, 40, 40]
+    assert inside == {f'dart@0{{"tokens": [{n}]}}' for n in (112, 80, 48)}
     # A folder is of one model.
     with pytest.raises(SystemExit, match="other conditions"):
         run("--questions=30", model="another")

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from tests.reference.decoder import CHOOSE, Look
 from tests.waiting import NoWaiting
-from vllm_ficoco.methods import METHODS, decoding
+from vllm_ficoco.methods import METHODS, decoding, vitcop
 from vllm_ficoco.methods.decoding import DecoderEvidence
 from vllm_ficoco.methods.k_norm import K_NORM
 from vllm_ficoco.methods.paradigm import AttentionKind, Tokens, reduce
 from vllm_ficoco.methods.random import lot_of
+from vllm_ficoco.methods.sparsevlm import raters
 
+ELSEWHERE = ("before", "entered", "final_norm")
 SIDE, HEADS, GROUPS, SIZE, WIDTH = 6, 4, 2, 8, 16
 DECODER = [name for name, method in METHODS.items() if method.decoder]
 CASES = {
@@ -45,6 +47,9 @@ class Seen:
             draw(images, heads, rows, SIZE) for heads in (HEADS, GROUPS, GROUPS)
         )
         self.pixels = draw(images, 3, 4, 4)
+        self.before = draw(images, GROUPS, rows, SIZE)
+        self.entered = draw(images, SIDE**2 + text, WIDTH)
+        self.final_norm = draw(WIDTH)
         self.place = torch.stack(
             [torch.randperm(SIDE**2, generator=lot)[:tokens].sort().values for _ in range(images)]
         )
@@ -61,22 +66,30 @@ class Seen:
             )  # fmt: skip
             return query, key, value
 
+        lengths = self.before[image].abs().sum((1, 3), dtype=torch.float32)
         return DecoderEvidence(
             look_at_image=lambda: look(slice(0, self.tokens)),
             look_at_text=lambda: look(slice(self.tokens, None)),
             read_text=lambda: self.hidden[image, self.tokens :],
+            final_norm=self.final_norm,
             lot=lot_of(self.pixels[image]),
             grid=(SIDE, SIDE),
             scale=SIZE**-0.5,
             heads=HEADS,
+            noted=raters(self.entered[image, : SIDE**2], self.entered[image, SIDE**2 :]),
+            before=(lengths[:, : self.tokens], lengths[:, self.tokens :]),
         )
 
     def look(self, image: int) -> Look:
-        query, key, value = (x[image].transpose(0, 1) for x in (self.query, self.key, self.value))
+        query, key, value, before = (
+            x[image].transpose(0, 1) for x in (self.query, self.key, self.value, self.before)
+        )
+        entered = self.entered[image, : SIDE**2], self.entered[image, SIDE**2 :]
         rows = list(range(self.tokens + self.text))
         return Look(
             query, key, value, self.hidden[image],
             rows[: self.tokens], rows[self.tokens :], self.place[image].tolist(),
+            before, entered, self.final_norm,
         )  # fmt: skip
 
 
@@ -131,10 +144,24 @@ def test_matches_the_transcription(case: str, tokens: int, text: int) -> None:
             torch.testing.assert_close(got.hidden[image], wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_vitcop_finds_clusters_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of its time; filter and correlate need the same."""
+    found: list[int] = []
+    original = vitcop.clusters
+
+    def watched(tokens: Tokens, evidence: DecoderEvidence, count: int, options: Any) -> Tensor:
+        found.append(count)
+        return original(tokens, evidence, count, options)
+
+    monkeypatch.setattr(vitcop, "clusters", watched)
+    reduced(Seen(2, 30, 4), "vitcop", {}, 20, slice(None))
+    assert found == [2]
+
+
 @pytest.mark.parametrize("name", DECODER)
 def test_low_precision_stays_what_it_is(name: str) -> None:
     seen = Seen(2, 30, 4)
-    for field in ("hidden", "query", "key", "value"):
+    for field in ("hidden", "query", "key", "value", *ELSEWHERE):
         setattr(seen, field, getattr(seen, field).bfloat16())
     tokens = reduced(seen, name, {}, 9, slice(None))
     assert tokens.hidden.dtype == torch.bfloat16 and tokens.hidden.isfinite().all()
@@ -154,7 +181,7 @@ def test_the_host_does_not_wait(case: str) -> None:
 @pytest.mark.parametrize("name", DECODER)
 def test_gpu_agrees_and_never_waits(name: str) -> None:
     seen, there = Seen(2, 30, 4), Seen(2, 30, 4)
-    for field in ("hidden", "query", "key", "value", "place", "pixels"):
+    for field in ("hidden", "query", "key", "value", "place", "pixels", *ELSEWHERE):
         setattr(there, field, getattr(there, field).cuda())
     reduced(there, name, {}, 9, slice(None))  # CUDA's libraries start up with synchronisations
     torch.cuda.set_sync_debug_mode("error")

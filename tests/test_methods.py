@@ -51,6 +51,9 @@ MATRIX = [
             {"receivers": 0},
             {"receivers": 1, "attention": "probabilities"},
             {"receivers": 2, "weighted": False},
+            {"quantile": "matrix"},
+            {"quantile": "matrix", "epsilon": 0.9, "attention": "probabilities"},
+            {"quantile": "matrix", "epsilon": 0.0, "weighted": False},
         ],
         counts=False,
     ),
@@ -262,6 +265,27 @@ def test_the_default_epsilon_at_full_size() -> None:
         hidden, position, _ = reduce_reference(row, {}, tokens, evidence, keep, 0)
         assert mine.position[0].tolist() == position
         torch.testing.assert_close(mine.hidden[0].double(), hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_a_quantile_of_the_matrix_lets_the_number_of_receivers_differ() -> None:
+    """Of 15 sources, as many as hold the 11 highest of 15 * 21 products are merged, and no more."""
+    row, tokens, evidence = MATRIX[0], Tokens.of(images(1, 36, 0)), evidence_at(0, (6, 6), 36)
+    kept = reduce(row, {"receivers": 0}, tokens, evidence, 21)
+    options = {"quantile": "matrix", "epsilon": 1 - 10 / (15 * 21 - 1)}
+    after = reduce(row, options, tokens, evidence, 21)
+    assert torch.equal(after.position, kept.position)
+    target = kept.position[0].tolist()
+    source = [i for i in range(36) if i not in target]
+    between = evidence.attention_between(
+        torch.tensor([source]), kept.position, METHODS["ficoco-v"].options().attention
+    )[0]
+    highest = between.flatten().topk(11).indices.tolist()
+    senders = {place // 21 for place in highest}
+    receivers = {place % 21 for place in highest}
+    changed = (after.hidden[0] != kept.hidden[0]).any(-1).nonzero()[:, 0].tolist()
+    assert changed == sorted(receivers)
+    assert len(senders) < 11, "one has several receivers"
+    assert len(senders) < 15, "another has none"
 
 
 @pytest.mark.parametrize(

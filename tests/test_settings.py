@@ -31,6 +31,7 @@ FICOCO = {
     "lambda": 0.35,
     "normalise": True,
     "window": 2,
+    "quantile": "row",
     "receivers": None,
     "weighted": True,
 }
@@ -307,6 +308,21 @@ def test_no_budget() -> None:
             "reduction.options.seed",
             "less than 2147483648",
         ),
+        (
+            {"budget": 64, "options": {"quantile": "matrix", "receivers": 0}},
+            "reduction.options.receivers",
+            "left out where quantile is 'matrix'",
+        ),
+        (
+            {
+                "method": "ficoco-vl",
+                "budget": 64,
+                "options": {"quantile": "matrix", "receivers": 1},
+            },
+            "reduction.options.quantile",
+            "'row' where receivers is given",
+        ),
+        ({"budget": 64, "options": {"quantile": "column"}}, "reduction.options.quantile", "'row'"),
         ({"method": "none", "options": {"a": 1}}, "reduction.options.a", "no options"),
     ],
     ids=repr,

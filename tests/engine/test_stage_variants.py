@@ -88,6 +88,7 @@ def some_asks() -> list[Ask]:
         Ask([1, 2], [wish("ficoco-l", 80, 48, 16), wish("fastv", 20)]),
         Ask([3], [wish("k-norm", 80, 40, 0)]),
         Ask([4], [wish("ficoco-vl", 110, 80, 40, 20)]),
+        Ask([4, 6], [wish("sparsevlm", 80, 48, 16), wish("dart", 50)]),
         Ask([5], [{"method": "ficoco-v", "budget": 30}]),
     ]
     return [Ask(a.images, a.settings, a.question, FIRST_LOGITS) for a in asks]

@@ -33,6 +33,12 @@ class Look(NamedTuple):
     """Rows of the text behind it, or of its last token."""
     places: list[int]
     """Of the image's tokens on the grid."""
+    before: Tensor
+    """(rows, G, d): the same rows' keys in the layer before."""
+    entered: tuple[Tensor, Tensor]
+    """(n, D) and (M, D): embeddings of all the image's tokens and of the text, before any layer."""
+    final_norm: Tensor
+    """(D,): weight of the decoder's last norm."""
 
     def scores(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
         """(H, rows, columns): scaled products."""
@@ -80,23 +86,24 @@ def a_score(look: Look, keep: int) -> Chosen:
 
 
 def sparsevlm(look: Look, keep: int) -> Chosen:
-    likeness = look.hidden[look.image] @ look.hidden[look.text].T
-    relevance = likeness.softmax(-1).mean(0)
+    visual, text = look.entered
+    relevance = (visual @ text.T).softmax(-1).mean(0)
     raters = [t for t, r in zip(look.text, relevance, strict=True) if r >= relevance.mean()]
     attention = look.scores(raters, look.image).softmax(-1).mean(0).sum(0)
     return {row: look.hidden[row] for row in best(look.image, attention, keep)}
 
 
 def dart(look: Look, keep: int) -> Chosen:
-    length = look.key.square().sum((1, 2))
+    length = look.before.abs().sum((1, 2))
+    hidden = look.hidden / look.hidden.square().mean(1, keepdim=True).sqrt() * look.final_norm
     pivots = best(look.image, length[look.image], min(4, keep))
     kept, more = list(pivots), keep - len(pivots)
-    pivots += best(look.text, length[look.text], 4)
+    pivots = best(look.text, length[look.text], 4) + pivots
     for number, pivot in enumerate(pivots):
         share = more // len(pivots) + (number < more % len(pivots))
         rest = [row for row in look.image if row not in kept]
         if share:
-            likeness = torch.cosine_similarity(look.hidden[[pivot]], look.hidden[rest])
+            likeness = torch.cosine_similarity(hidden[[pivot]], hidden[rest])
             kept += best(rest, -likeness, share)
     return {row: look.hidden[row] for row in kept}
 
@@ -259,6 +266,7 @@ def answer(
     kept: dict[tuple[int, int], list[int]] = {}
 
     def forward(x: Tensor, position: list[int]) -> Tensor:
+        before = x[:0]
         for number, layer in enumerate(decoder.layers):
 
             def project(x: Tensor, position: list[int], layer=layer) -> tuple[Tensor, ...]:
@@ -284,7 +292,10 @@ def answer(
                         chosen |= {r: x[r] for r in rows}
                     elif count:
                         here = [places[i][position[r] - start] for r in rows]
-                        look = Look(*seen, x, rows, text or rows[-1:], here)
+                        words = text or rows[-1:]
+                        entered = (embeds[start:end], embeds[[position[r] for r in words]])
+                        norm = decoder.norm.weight
+                        look = Look(*seen, x, rows, words, here, before, entered, norm)
                         left = method(number)(look, count)
                         kept[number, i] = [places[i][position[r] - start] for r in sorted(left)]
                         chosen |= left
@@ -297,6 +308,7 @@ def answer(
                 x = torch.stack([chosen[r] for r in sorted(chosen)])
                 position = [position[r] for r in sorted(chosen)]
             query, key, value = project(x, position)
+            before = key
             if cache[number] is not None:
                 key = torch.cat([cache[number][0], key])
                 value = torch.cat([cache[number][1], value])

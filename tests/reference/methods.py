@@ -44,6 +44,7 @@ DEFAULTS = {
         "coefficient": 2.0,
         "window": 2,
         "epsilon": 0.998,
+        "quantile": "row",
         "receivers": None,
         "weighted": True,
     },
@@ -192,6 +193,7 @@ def ficoco_v(
     coefficient: float,
     window: int,
     epsilon: float,
+    quantile: str,
     receivers: int | None,
     weighted: bool,
     **more: float,
@@ -210,12 +212,14 @@ def ficoco_v(
 
     total = {j: image.hidden[j].clone() for j in target}
     share = dict.fromkeys(target, 1.0)
-    for i in source:
-        row = [matrix[i][j] for j in target]
+    between = {i: [matrix[i][j] for j in target] for i in source}
+    everything = [x for row in between.values() for x in row]
+    for i, row in between.items():
+        threshold = quantile_of(everything if quantile == "matrix" else row, epsilon)
         if attention == "logits":
+            threshold = math.exp(threshold - max(row))
             row = [math.exp(x - max(row)) for x in row]
         if receivers is None:
-            threshold = quantile(row, epsilon)
             receives = [(j, x) for j, x in zip(target, row, strict=True) if x >= threshold]
         else:
             receives = [(target[k], row[k]) for k in ranked(row)[:receivers]]
@@ -223,7 +227,7 @@ def ficoco_v(
             receives = [(j, 1.0) for j, _ in receives]
         whole = sum(x for _, x in receives)
         if whole == 0:
-            continue  # i attends to nobody who stays
+            continue  # nobody who stays receives of i
         for j, x in receives:
             total[j] = total[j] + x / whole * image.hidden[i]
             share[j] += x / whole
@@ -257,7 +261,7 @@ def penalised(
     return scaled
 
 
-def quantile(values: list[float], q: float) -> float:
+def quantile_of(values: list[float], q: float) -> float:
     """Between the two entries next to rank q (n - 1), by linear interpolation."""
     ordered = sorted(values)
     rank = q * (len(ordered) - 1)
@@ -365,18 +369,19 @@ def visionzip(image: Image, keep: int, contextual: float) -> Reduced:
 
 
 def prumerge(image: Image, keep: int, neighbours: int) -> Reduced:
-    """arXiv 2403.15388 at a fixed count: nearest leaving neighbours, by [CLS] attention."""
+    """arXiv 2403.15388 at a fixed count: a token weighs 1, its nearest leaving neighbours what
+    [CLS] gives them."""
     attention, keys = image.of_cls(), image.mean_keys()
     source = sorted(ranked([-a for a in attention])[: image.n - keep])
     target = without(image.n, source)
     hidden = []
     for j in target:
         nearest = ranked([likeness(keys[j], keys[i]) for i in source])[:neighbours]
-        total, whole = attention[j] * image.hidden[j], attention[j]
+        total, whole = image.hidden[j], 1.0
         for i in (source[place] for place in nearest):
             total = total + attention[i] * image.hidden[i]
             whole += attention[i]
-        hidden.append(total / whole if whole else image.hidden[j])
+        hidden.append(total / whole)
     _, position, size = kept(image, target)
     return hidden, position, size
 

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
+    AttentionImpl,
     CommonAttentionMetadata,
     subclass_attention_backend,
 )
@@ -203,6 +204,44 @@ def stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             return metadata
 
     return subclass_attention_backend("Stage", base, StageMetadataBuilder)
+
+
+@dataclass
+class KeyWatch:
+    """How long a layer's keys are, for whom that is not the layer at which tokens leave.
+
+    Keys are seen on the way to the attention kernel, which runs outside of what is compiled.
+    """
+
+    on: bool = False
+    """Whether the coming forward pass is to be watched."""
+    lengths: Tensor | None = None
+    """(rows,) float32: sum of a key's absolute values, this rank's heads; of the last watch."""
+
+
+@functools.cache
+def watched(base: Any) -> type[AttentionImpl]:
+    """An attention implementation that measures its keys for its ``watch``."""
+
+    class WatchedImpl(base):
+        watch: KeyWatch
+
+        def forward(self, layer: Any, query: Tensor, key: Tensor, *args: Any, **kw: Any) -> Tensor:
+            if self.watch.on:
+                self.watch.lengths = torch.linalg.vector_norm(
+                    key.flatten(1), 1, 1, dtype=torch.float32
+                )
+            return super().forward(layer, query, key, *args, **kw)
+
+    return WatchedImpl
+
+
+def watch_keys(attention: Attention) -> KeyWatch:
+    """Lets the keys of a layer be measured; changes a class as :func:`enter_stage` does."""
+    impl: Any = attention.impl
+    impl.__class__ = watched(impl.__class__)
+    impl.watch = watch = KeyWatch()
+    return watch
 
 
 class StageAttention(Attention):

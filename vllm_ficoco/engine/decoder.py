@@ -21,9 +21,9 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 
-from vllm_ficoco.engine.attention import Rows, enter_stage
+from vllm_ficoco.engine.attention import Rows, enter_stage, watch_keys
 from vllm_ficoco.methods.decoding import EVIDENCE_BYTES, DecoderEvidence
-from vllm_ficoco.methods.paradigm import Steps, Tokens, reduce
+from vllm_ficoco.methods.paradigm import DecoderPart, Steps, Tokens, reduce
 from vllm_ficoco.methods.random import lot_of
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.geometry import Geometry
@@ -71,13 +71,15 @@ class Image:
     end: int
     """Exclusive."""
     reduction: Reduction
+    part: DecoderPart
+    """Of its method."""
     steps: dict[int, Steps]
     """What happens to it, by stage."""
     places: Tensor
     """(n,) places on the grid of the tokens that are left by now."""
     lot: Tensor
-    looks_at_question: bool
-    """Whether its method reads the text behind it."""
+    noted: Tensor | None = None
+    """What its method has noted of the decoder's input."""
 
 
 class Batch(NamedTuple):
@@ -115,6 +117,11 @@ def rows_of(ranges: Sequence[range], device: torch.device) -> Tensor:
     return (first + torch.arange(len(ranges[0]))).to(device, non_blocking=True)
 
 
+def _rows_of_text(group: Sequence[Leaving], device: torch.device) -> Tensor:
+    """(B, M) on the device: the text behind B images."""
+    return torch.stack([some.text for some in group]).to(device, non_blocking=True)
+
+
 def stage_layers(number: int) -> type[nn.Module]:
     """The class of one stage's layers: what torch.compile sees, as their rows do not change there.
 
@@ -143,6 +150,11 @@ def stage_layers(number: int) -> type[nn.Module]:
     forward.__code__ = forward.__code__.replace(co_name=f"forward_stage{number}")
     dynamic = {"positions": 0, "hidden": 0, "residual": 0}
     return support_torch_compile(dynamic_arg_dims=dynamic)(StageLayers)
+
+
+def _names(stage: nn.Module) -> list[str]:
+    """What vLLM calls the attention layers of a stage."""
+    return [layer.self_attn.attn.layer_name for layer in stage.layers]
 
 
 class StagedDecoder:
@@ -176,6 +188,8 @@ class StagedDecoder:
                 enter_stage(layer.self_attn.attn, number)
             with set_model_tag(f"stage{number}"):  # names vLLM's folder of compiled pieces
                 self.stages.append(stage_layers(number)(vllm_config=vllm_config, layers=layers))
+        # Of every stage but the last one: tokens leave behind its last layer.
+        self.watches = [watch_keys(stage.layers[-1].self_attn.attn) for stage in self.stages[:-1]]
 
     def mark(
         self,
@@ -228,8 +242,7 @@ class StagedDecoder:
         last = len(part.steps) - 1
         steps = {stage: part.steps[min(place, last)] for place, stage in enumerate(stages)}
         end = start + len(tokens)
-        looks = part.looks_at_question
-        return Image(start, end, tokens.reduction, steps, tokens.places, tokens.lot, looks)
+        return Image(start, end, tokens.reduction, part, steps, tokens.places, tokens.lot)
 
     def __call__(
         self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
@@ -239,17 +252,17 @@ class StagedDecoder:
         hidden = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         total, residual, index = len(hidden), None, None
         context = get_forward_context()
+        by_stage = self._rows_by_stage(context.attn_metadata)
+        self._prepare(hidden, images, by_stage)
         for number, stage in enumerate(self.stages):
-            if number and isinstance(context.attn_metadata, dict):
-                names = [layer.self_attn.attn.layer_name for layer in stage.layers]
-                rows: Rows | None = context.attn_metadata[names[0]].ficoco_rows
-                if rows is not None:
-                    batch = Batch(hidden, residual, positions, index)
-                    hidden, residual, positions = self._reduce(number, batch, rows, images)
-                    index = rows.index
-                    for name in names:
-                        # Keys and values go where the context says, not where the metadata do.
-                        context.slot_mapping[name] = context.attn_metadata[name].ficoco_rows.slots
+            rows = by_stage[number]
+            if rows is not None:
+                batch = Batch(hidden, residual, positions, index)
+                hidden, residual, positions = self._reduce(number, batch, rows, images)
+                index = rows.index
+                for name in _names(stage):
+                    # Keys and values go where the context says, not where the metadata do.
+                    context.slot_mapping[name] = context.attn_metadata[name].ficoco_rows.slots
             hidden, residual = stage(positions, hidden, residual)
         hidden, _ = self.model.norm(hidden, residual)
         if index is None:
@@ -257,6 +270,45 @@ class StagedDecoder:
         return hidden.new_zeros(total, hidden.shape[1]).index_copy_(
             0, index.to(hidden.device, non_blocking=True), hidden
         )
+
+    def _rows_by_stage(self, metadata: Any) -> list[Rows | None]:
+        """Which rows each stage runs on; None for all of them."""
+        if not isinstance(metadata, dict):
+            return [None] * len(self.stages)
+        later = [metadata[_names(stage)[0]].ficoco_rows for stage in self.stages[1:]]
+        return [None, *later]
+
+    def _prepare(
+        self, embeddings: Tensor, images: Sequence[Image], by_stage: Sequence[Rows | None]
+    ) -> None:
+        """Before any layer runs: what methods need of the decoder's input and of layers to come.
+
+        Args:
+            embeddings: (rows, D), the decoder's input. The first layer may change it in place (its
+                norms do on GPUs), so what is noted of it must be noted now.
+            images: among the rows.
+            by_stage: the rows that stages run on.
+        """
+        for number, watch in enumerate(self.watches, start=1):
+            watch.on = any(image.part.looks_before and number in image.steps for image in images)
+        rows = next((rows for rows in by_stage if rows is not None), None)
+        noting = [image for image in images if image.part.note is not None]
+        if rows is None or not noting:
+            return
+        everything = torch.arange(len(embeddings))
+        alike: dict[Kind, list[Leaving]] = {}
+        for image in noting:
+            had = range(image.start, image.end)
+            text = self._text_behind(image, everything, rows, image.end)
+            kind = (image.reduction, len(had), len(had), len(text))
+            alike.setdefault(kind, []).append(Leaving(image, had, had, text))
+        for _, group in self._batches(alike):
+            note = group[0].image.part.note
+            assert note is not None
+            visual = embeddings[rows_of([some.had for some in group], embeddings.device)]
+            text = embeddings[_rows_of_text(group, embeddings.device)]
+            for some, noted in zip(group, note(visual, text), strict=True):
+                some.image.noted = noted
 
     def _reduce(
         self, number: int, batch: Batch, rows: Rows, images: Sequence[Image]
@@ -272,7 +324,7 @@ class StagedDecoder:
         Returns:
             Hidden states, residual and positions of the rows that run on.
         """
-        device, layer = batch.hidden.device, self.stages[number].layers[0]
+        device = batch.hidden.device
         before = torch.arange(len(batch.hidden)) if batch.rows is None else batch.rows
         # Where each row that runs on is among those that came; of an image, where its tokens are.
         at = torch.searchsorted(before, rows.index).to(device, non_blocking=True)
@@ -284,7 +336,7 @@ class StagedDecoder:
             had, has = range(*came), range(*run_on)
             if len(has) in (0, len(had)):
                 continue  # nothing to choose
-            looks = image.looks_at_question
+            looks = image.part.looks_at_question
             text = self._text_behind(image, before, rows, had.stop) if looks else NO_TEXT
             kind = (image.reduction, len(had), len(has), len(text))
             alike.setdefault(kind, []).append(Leaving(image, had, has, text))
@@ -299,7 +351,7 @@ class StagedDecoder:
             tokens = reduce(
                 steps,
                 tokens,
-                self._evidence(layer, batch, group, had_rows),
+                self._evidence(number, batch, group, had_rows),
                 keep,
                 reduction.parsed_options(),
             )
@@ -340,19 +392,19 @@ class StagedDecoder:
         return text if len(text) else torch.tensor([end - 1])
 
     def _evidence(
-        self, layer: nn.Module, batch: Batch, group: Sequence[Leaving], had_rows: Tensor
+        self, number: int, batch: Batch, group: Sequence[Leaving], had_rows: Tensor
     ) -> DecoderEvidence:
-        """What is to be seen at a layer of B images with equally many tokens and text behind them.
+        """What is to be seen at a stage of B images with equally many tokens and text behind them.
 
         Args:
-            layer: the stage's first.
+            number: of the stage; queries, keys and values are those of its first layer.
             batch: what comes to it.
             group: the images.
             had_rows: (B, n) where their tokens are in the batch.
         """
+        layer, part = self.stages[number].layers[0], group[0].image.part
         attention = layer.self_attn
-        text = torch.stack([some.text for some in group])
-        text_rows = text.to(batch.hidden.device, non_blocking=True)
+        text_rows = _rows_of_text(group, batch.hidden.device)
 
         def look(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """Queries, keys and values of rows (B, m): (B, heads, m, d) each."""
@@ -370,14 +422,24 @@ class StagedDecoder:
             )
             return query, key, value
 
-        split = attention.total_num_heads > attention.num_heads
+        seen: dict[str, Any] = {}
+        if attention.total_num_heads > attention.num_heads:
+            seen["sum_over_ranks"] = self.sum_over_ranks
+        if part.note is not None:
+            noted = [some.image.noted for some in group if some.image.noted is not None]
+            seen["noted"] = torch.stack(noted)
+        if part.looks_before:
+            lengths = self.watches[number - 1].lengths
+            assert lengths is not None
+            seen["before"] = (lengths[had_rows], lengths[text_rows])
         return DecoderEvidence(
             look_at_image=lambda: look(had_rows),
             look_at_text=lambda: look(text_rows),
+            final_norm=self.model.norm.weight,
             lot=torch.cat([some.image.lot for some in group]),
             grid=self.geometry.grid,
             read_text=lambda: batch.hidden[text_rows] + batch.residual[text_rows],
             scale=attention.scaling,
             heads=attention.total_num_heads,
-            **({"sum_over_ranks": self.sum_over_ranks} if split else {}),
+            **seen,
         )

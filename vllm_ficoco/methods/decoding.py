@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field
@@ -32,6 +32,8 @@ CHANGES: dict[AttentionKind, Callable[[Tensor], Tensor]] = {
 }
 """What becomes of scaled products before their mean is taken."""
 
+Found = TypeVar("Found")
+
 Heads = tuple[Tensor, Tensor, Tensor]
 """Query (B, H, n, d), key and value (B, G, n, d)."""
 
@@ -48,6 +50,8 @@ class DecoderEvidence:
     """Of the text behind the image; of the image's last token where there is none."""
     read_text: Callable[[], Tensor]
     """Of that text, the hidden states, (B, M, D)."""
+    final_norm: Tensor
+    """(D,): weight of the norm behind the decoder's last layer."""
     lot: Tensor
     """(B, 1) int64: a number drawn by the image, for methods that choose by lot; 0 for others."""
     grid: tuple[int, int]
@@ -57,7 +61,23 @@ class DecoderEvidence:
     heads: int
     """H over all ranks."""
     sum_over_ranks: Callable[[Tensor], Tensor] = field(default=lambda x: x)
-    _known: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+    noted: Tensor | None = None
+    """(B, ...): what the method's ``note`` has made of the decoder's input; None without one."""
+    before: tuple[Tensor, Tensor] | None = None
+    """Of this rank's heads, :attr:`key_lengths_before`; None for methods that do not ask for it."""
+    _known: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
+
+    def remember(self, what: tuple[Any, ...], find: Callable[[], Found]) -> Found:
+        """What one step of a method has found from this evidence, for the next one to use.
+
+        Args:
+            what: a name, and all that the finding depends on and that is not the evidence's own.
+            find: the work.
+        """
+        if what not in self._known:
+            self._known[what] = find()
+        found: Found = self._known[what]
+        return found
 
     @cached_property
     def _image(self) -> Heads:
@@ -139,9 +159,12 @@ class DecoderEvidence:
         return self._norms(self._image[1])
 
     @property
-    def text_key_norms(self) -> Tensor:
-        """(B, M): as :attr:`key_norms`, of the text."""
-        return self._norms(self._text[1])
+    def key_lengths_before(self) -> tuple[Tensor, Tensor]:
+        """(B, n) of the image, (B, M) of the text: sum of the absolute values of a token's key in
+        the layer before the one at which tokens leave, all heads together."""
+        assert self.before is not None
+        image, text = self.before
+        return self.sum_over_ranks(image), self.sum_over_ranks(text)
 
     @property
     def value_norms(self) -> Tensor:

@@ -19,7 +19,11 @@ tokens", and writes A_ik, which a causal decoder masks: the text comes later. ``
 sets A_ij to zero where j comes after i, as the decoder's mask does.
 
 Deviations: the reduction takes place before a layer, not between its attention and its MLP, and
-at the stages that the server has (published: from the 4th layer on).
+at the stages that the server has (published: from the 4th layer on). ``normalise`` is our own:
+neither the paper nor the authors' code divides the terms of s by their lengths, and a sum over the
+text and a mean over the image are on scales apart. Kept tokens keep their positions, where the
+authors' code counts them anew. Their code also takes the mean over the text for the sum, takes
+unmasked products, counts a part of the prompt as image, and does not divide by 1 + sum_i alpha_ij.
 """
 
 from __future__ import annotations
@@ -92,8 +96,6 @@ FICOCO_L = in_decoder(
     "ficoco-l",
     "redundant by patch attention, little attention from the text; merges, at decoder stages",
     "Han et al., Rethinking Token Reduction in MLLMs, arXiv 2411.17686",
-    DecoderPart(
-        layers=(3,), steps=(Steps(filter, correlate, ficoco_v.compress),), every_stage=True
-    ),
+    DecoderPart(layers=(3,), steps=(Steps(filter, correlate, ficoco_v.by_row),), every_stage=True),
     FiCoCoLOptions,
 )

@@ -23,18 +23,34 @@ The paper does not say what A is numerically. ``attention`` chooses:
 ``normalise`` divides both terms of s by their length over the tokens, which puts them on one
 scale; the authors do. ``logits`` is the default because it measures better (benchmarks/RESULTS.md).
 
+How many targets a source has, K, does not differ by token. The eps-quantile of a row of T entries
+leaves 1 + (1 - eps) (T - 1) of them, rounded down: with 0.998 one, while there are 500 targets or
+fewer, and two beyond. So equation 13 is, but for the first layers of a large image, the paper's own
+ablation "fixed K = 1" (its table 2: 46.97 on TextVQA, 53.56 for pruning alone, 55.46 for FiCoCo-V).
+``quantile`` chooses:
+
+- ``row``: as the paper writes it.
+- ``matrix``: tau is one quantile, over all of C. K then differs by token, and is 0, which prunes,
+  for sources that nothing stands out for: for most, where T is far below 500. It measures better.
+
 Deviations: the start layer is a share of the depth that runs (the paper's 12th of CLIP-L's 24, of
 which LLaVA runs 23); what leaves per layer follows from the budget (the authors: 42). Without
 [CLS], a is the attention that a patch receives on average.
+
+The authors' code is no guide to the paper: it weighs [CLS] by 0.35 and the local term by 0.65, the
+reverse of equation 11; it sends a token not to its targets but to other places, as it looks indices
+of the old order up in the new one; and its local penalty marks windows of one image for all later
+ones. This file is the paper's reading in all three.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from vllm_ficoco import schedule
@@ -63,11 +79,24 @@ class FiCoCoVOptions(Options):
     window: Annotated[int, Field(ge=1, le=64)] = 2
     """Side of a window of the local penalty, in patches."""
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.998
-    """Quantile of a row of C from which on a target receives."""
+    """Quantile of C from which on a target receives."""
+    quantile: Literal["row", "matrix"] = "row"
+    """Of what: of each source's row, or of all of C."""
     receivers: Annotated[int, Field(ge=0, le=4096)] | None = None
     """A fixed number of targets per source instead (the paper's K, table 2); 0 only prunes."""
     weighted: bool = True
     """Share a source out by C; otherwise in equal parts."""
+
+    @field_validator("quantile", "receivers")
+    @classmethod
+    def _one_way_to_choose(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses both; either may come first, as FiCoCo-VL inherits them in another order."""
+        both = info.data | {str(info.field_name): value}
+        if both.get("quantile") == "matrix" and both.get("receivers") is not None:
+            if info.field_name == "quantile":
+                raise PydanticCustomError("two_ways", "'row' where receivers is given")
+            raise PydanticCustomError("two_ways", "left out where quantile is 'matrix'")
+        return value
 
 
 def stages(tokens: int, budget: int, layers: int, _: FiCoCoVOptions) -> list[schedule.Stage]:
@@ -133,25 +162,49 @@ def correlate(
 ) -> Tensor:
     between = evidence.attention_between(source, target, options.attention)
     if options.attention == "logits":
-        return (between - between.amax(-1, keepdim=True)).exp()
+        # Rows are compared with each other by a quantile of the matrix, and not by one of a row.
+        compared = (1, 2) if options.quantile == "matrix" else (2,)
+        return (between - between.amax(compared, keepdim=True)).exp()
     return between
 
 
 def compress(
     tokens: Tokens,
-    _: Evidence,
+    evidence: Evidence,
     source: Tensor,
     target: Tensor,
     correlation: Tensor,
     options: FiCoCoVOptions,
 ) -> Tokens:
+    if options.quantile == "row":
+        return by_row(tokens, evidence, source, target, correlation, options)
+    threshold = quantile_per_row(correlation.flatten(1), options.epsilon)[..., None]
+    return _share_out(tokens, source, target, correlation, correlation >= threshold, options)
+
+
+def by_row(
+    tokens: Tokens, _: Any, source: Tensor, target: Tensor, correlation: Tensor, options: Any
+) -> Tokens:
+    """Compress with a quantile of each row, or a fixed number of receivers; FiCoCo-L's, too."""
     if options.receivers is None:
         receives = correlation >= quantile_per_row(correlation, options.epsilon)
     else:
         chosen = highest(correlation, options.receivers)
         receives = torch.zeros_like(correlation, dtype=torch.bool).scatter(2, chosen, True)
+    return _share_out(tokens, source, target, correlation, receives, options)
+
+
+def _share_out(
+    tokens: Tokens,
+    source: Tensor,
+    target: Tensor,
+    correlation: Tensor,
+    receives: Tensor,
+    options: Any,
+) -> Tokens:
+    """Equation 13, given which targets receive of each source, (B, S, T) bool."""
     weight = torch.where(receives, correlation if options.weighted else 1.0, 0.0)
-    # A source that attends to no target at all has nothing to send: 0, not 0 / 0.
+    # A source without targets, or that attends to none at all, has nothing to send: 0, not 0 / 0.
     total = weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
     return merge(tokens, source, target, weight / total)
 

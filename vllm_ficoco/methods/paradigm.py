@@ -250,6 +250,11 @@ class DecoderPart:
     """What it keeps depends on the text behind the image."""
     by_lot: bool = False
     """It chooses by :attr:`DecoderEvidence.lot`, which is not drawn for others."""
+    note: Callable[[Tensor, Tensor], Tensor] | None = None
+    """What it notes of the decoder's input, for :attr:`DecoderEvidence.noted` at all its stages:
+    (the image's tokens (B, n, D), the text behind it (B, M, D)) -> (B, ...)."""
+    looks_before: bool = False
+    """It asks for :attr:`DecoderEvidence.key_lengths_before`, which are not measured for others."""
     shares: Callable[[int, int, int], list[int]] = schedule.equal_shares
     """(tokens, tokens kept by the first of them, how many) -> tokens kept by each place."""
 

@@ -2,14 +2,22 @@
 """PruMerge: keep what [CLS] looks at, refill it with its nearest discarded neighbours.
 
 Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
-arXiv 2403.15388. Tokens with most [CLS] attention stay; each takes the k discarded tokens whose
-keys are most like its own (cosine, keys averaged over heads) and becomes their average weighted by
-[CLS] attention, its own included. A discarded token may go to several, or to none.
+arXiv 2403.15388. Tokens with most [CLS] attention a stay; each takes in the k discarded tokens
+whose keys are most like its own (cosine):
 
-Deviations: the count is the budget, where the paper's outlier rule makes it depend on the image,
-which paged serving cannot plan for; neighbours come from the discarded tokens only; the layer is
-the last one that runs (LLaVA's features come from the last but one of CLIP, and vLLM loads no
-more). Without [CLS], the attention that a patch receives on average takes its place.
+    x_i <- (x_i + sum_j a_j x_j) / (1 + sum_j a_j)
+
+A discarded token may go to several, or to none. A kept token weighs 1, as in the authors' code, so
+that it stays what it was: weighed by its own a, it would keep a tenth of itself.
+
+Deviations: the sum is divided by its weights, which the authors' is not; the count is the budget,
+where the paper's outlier rule makes it depend on the image, which paged serving cannot plan for;
+the layer is the last one that runs (LLaVA's features come from the last but one of CLIP, and vLLM
+loads no more), the authors' is the one after it; a is the mean over heads of their softmax, and
+keys are averaged over heads, where the authors take one softmax and the cosine over the full
+width; neighbours come from the discarded tokens only; the authors add one token, the sum of all
+that leave by a, and hand tokens on in the order of a, not in raster order.
+Without [CLS], the attention that a patch receives on average takes its place.
 """
 
 from __future__ import annotations
@@ -60,7 +68,7 @@ def compress(
     nearest = highest(correlation.transpose(1, 2), options.neighbours)  # (B, T, k)
     received = take(attention, source)[:, None].expand(-1, target.shape[1], -1)
     weight = received.new_zeros(received.shape).scatter(2, nearest, received.gather(2, nearest))
-    return merge(tokens, source, target, weight.transpose(1, 2), take(attention, target))
+    return merge(tokens, source, target, weight.transpose(1, 2))
 
 
 PRUMERGE = Method(

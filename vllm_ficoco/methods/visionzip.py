@@ -10,7 +10,9 @@ The published splits for LLaVA-1.5 are 162 + 30, 108 + 20 and 54 + 10: 5 of 32 a
 
 Deviations: the mean counts the contextual token and its group alike, where the authors' code adds
 the mean of the group to it; their dominant tokens count [CLS] among them, which LLaVA drops;
-tokens stay in raster order. The layer is the last one that runs.
+tokens stay in raster order. Contextual token i of c stands at i * n // c of the n that are left,
+so that they spread over all of them; the authors' stride is n // c, from the first on. The layer
+is the last one that runs.
 Without [CLS], the attention that a patch receives on average takes its place.
 """
 

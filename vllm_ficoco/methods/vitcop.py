@@ -15,7 +15,14 @@ what the paper's table 8 comes to.
 Deviations: the quotas of eq. 5 are rounded down, and what this leaves over goes to the best of
 the rest, so that exactly as many stay as are to. The paper names neither the share of centres
 (``centres``, here of the tokens that stay; its algorithm 2 takes it of those that come) nor the
-unit of positions (here a side of the grid is 1).
+unit of positions (here a side of the grid is 1). Kept tokens keep their positions at the third
+place, too.
+
+Where the authors' code is not their paper, the paper is followed: the code clusters CLIP's keys,
+which d_c = 8 fits, and not the decoder's hidden states (algorithm 1, line 13); its key length is
+that of the mean over heads in the layer before, not that of eq. 4 in this one, which ranks tokens
+otherwise; and it adds the mean of a cluster's rest to the middle token of that, where eq. 6 has the
+mean alone (it takes the place of the rest's shortest key here).
 """
 
 from __future__ import annotations
@@ -108,7 +115,18 @@ def _ranks(score: Tensor, cluster: Tensor) -> Tensor:
 def _roles(
     tokens: Tokens, evidence: DecoderEvidence, keep: int, options: ViTCoPOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, n) cluster, whether a token is an elite, and whether it becomes its cluster's rest."""
+    """(B, n) cluster, whether a token is an elite, and whether it becomes its cluster's rest.
+
+    Filter and correlate ask for the same, and it is most of the work: it is found once.
+    """
+    return evidence.remember(
+        ("ViTCoP's roles", keep), lambda: _find_roles(tokens, evidence, keep, options)
+    )
+
+
+def _find_roles(
+    tokens: Tokens, evidence: DecoderEvidence, keep: int, options: ViTCoPOptions
+) -> tuple[Tensor, Tensor, Tensor]:
     n = len(tokens)
     count = min(keep, math.ceil(keep * options.centres))
     cluster = clusters(tokens, evidence, count, options)
