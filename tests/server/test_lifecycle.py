@@ -128,7 +128,8 @@ def test_two_api_servers_count_as_one_and_stop_in_time(tmp_path: Path) -> None:
                 for stage in ("input", "kept")
             ]
 
-        assert eventually(lambda: counted() == [CLIENTS * TOKENS, CLIENTS * 48])
+        streams = CLIENTS // 2  # an answer in one piece counts at its end, which is not to come
+        assert eventually(lambda: counted() == [streams * TOKENS, streams * 48])
         server.process.send_signal(signal.SIGTERM)
         assert (1500, "length") not in crowd.heard()
         ends(server)
