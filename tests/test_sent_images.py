@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.cache.lru import (
     LruKeyReplicatedReceiverCache,
     LruKeyReplicatedSenderCache,
@@ -120,6 +121,40 @@ def test_any_order_of_refusals_and_sends(seed: int) -> None:
     assert left_out > 50, "the cache is of use"
 
 
+def test_a_request_that_cannot_be_sent_has_not_been_sent() -> None:
+    aborted: list[list[str]] = []
+    outputs = SimpleNamespace(abort_requests=lambda names, internal: aborted.append(names))
+    for error, seen in (
+        (UnicodeEncodeError("utf-8", "a", 0, 1, "no"), VLLMValidationError),
+        (OverflowError("no"), VLLMValidationError),
+        (RuntimeError("no"), RuntimeError),
+        (asyncio.CancelledError(), asyncio.CancelledError),
+    ):
+        engine = Engine(ours=False)
+
+        async def fail(_: Any, error: BaseException = error) -> None:
+            raise error
+
+        engine.core.add_request_async = fail
+        renderer = SimpleNamespace(mm_processor_cache=engine.sender)
+        remember_what_is_sent(
+            SimpleNamespace(renderer=renderer, engine_core=engine.core, output_processor=outputs)
+        )
+        request = engine.render("a")
+        request.request_id = "1"
+        with pytest.raises(seen):
+            engine.send(request)
+        assert engine.render("a").mm_features[0].data is not None
+    assert aborted == [["1"], ["1"]]
+
+
+def test_a_very_large_image_makes_room_for_itself() -> None:
+    engine = Engine()
+    engine.send(engine.render("a"))
+    engine.send(engine.render("b", size=int(0.9 * ROOM)))
+    engine.send(engine.render("a"))
+
+
 def test_other_caches_stay() -> None:
     class Other(LruKeyReplicatedSenderCache):
         pass
@@ -128,7 +163,7 @@ def test_other_caches_stay() -> None:
     cache = Other(SimpleNamespace(get_multimodal_config=lambda: memory))  # type: ignore[arg-type]
     for one in (cache, None):
         renderer = SimpleNamespace(mm_processor_cache=one)
-        remember_what_is_sent(SimpleNamespace(renderer=renderer, engine_core=None))
+        remember_what_is_sent(SimpleNamespace(renderer=renderer, engine_core=Engine().core))
     assert type(cache) is Other
 
 

@@ -138,8 +138,12 @@ class Engine:
             timeout: seconds for the requests that are inside, and for the engine to stop.
         """
         self.told = not self._client.errored
-        end = time.monotonic() + (timeout or 0)
-        asyncio.run_coroutine_threadsafe(self._close(timeout or 0), self._loop).result()
+        seconds = timeout or 0.0
+        end = time.monotonic() + seconds
+        if self._client.vllm_config.parallel_config._api_process_count > 1:
+            # Their parent kills them at the end of this time, so clients must hear of it before.
+            seconds = max(0.0, seconds - LAST_WORDS)
+        asyncio.run_coroutine_threadsafe(self._close(seconds), self._loop).result()
         self._client.shutdown(timeout=max(0.0, end - time.monotonic()))
         # vLLM drops whom it has not answered by now, without a word.
         self._loop.call_soon_threadsafe(self._client.output_processor.propagate_error, stopping())
@@ -147,7 +151,8 @@ class Engine:
     async def _close(self, seconds: float) -> None:
         self._hurry()
         # With several API servers this is empty: they share a listener, and the door is enough.
-        for listener in self._state.server.servers:
+        # Before the server has started, there is none.
+        for listener in getattr(self._state.server, "servers", ()):
             listener.close()
         await self._state.door.close(seconds)
 

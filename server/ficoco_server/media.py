@@ -60,7 +60,7 @@ class ImageIO(ImageMediaIO):
     def load_bytes(self, data: bytes) -> Any:
         """As vLLM's."""
         # A PGM in 8 bits has mode L; Pillow makes 32 of 16, in their full range.
-        self.sixteen = data.startswith(b"P5")
+        self.sixteen = data.startswith((b"P5", b"P2"))
         return super().load_bytes(data)
 
     def _convert_image_mode(self, image: Any) -> Image.Image:

@@ -23,6 +23,8 @@ OUR_KEYS = (BUDGET_KEY, REDUCTION_KEY)
 IMAGE_KEYS = (*OUR_KEYS, DETAIL_KEY)
 NEAR_KEYS = {"visualtokenbudget": BUDGET_KEY, "budget": BUDGET_KEY, "reduction": REDUCTION_KEY}
 """What clients write for our keys, without case and separators."""
+_OTHER_WORDS = ("redaction",)
+"""A letter off, and meant: gateways have a field of this name."""
 _WRAPPERS = ("extra_body", "mm_processor_kwargs", "media_io_kwargs")
 """Fields with objects in them that have keys of a request's."""
 _IMAGE_FORMS = ("image_url", "input_image", "image_pil", "image_embeds")
@@ -115,6 +117,8 @@ def meant(key: str) -> str | None:
     if len(key) > 30:
         return None
     plain = "".join(filter(str.isalpha, key.lower()))
+    if plain in _OTHER_WORDS:
+        return None
     return next((ours for near, ours in NEAR_KEYS.items() if _one_letter_off(plain, near)), None)
 
 
@@ -251,7 +255,7 @@ def holds_image(value: Any) -> bool:
         return any(map(holds_image, value))
     if not isinstance(value, Mapping):
         return False
-    if is_image(value) or value.get("type") == "image" or value.get("mm_hashes"):
+    if is_image(value) or value.get("type") in ("image", *_IMAGE_FORMS) or value.get("mm_hashes"):
         return True  # the last are processed images, for /inference/v1/generate
     return any(map(holds_image, value.values()))
 

@@ -46,6 +46,10 @@ class Reducer:
             self.geometry = geometry_of(model.hf_config)
         except UnsupportedModel as error:
             self.geometry = error
+        multimodal = model.multimodal_config
+        self.shared_memory = multimodal and multimodal.mm_processor_cache_type == "shm"
+        vision = getattr(model.hf_config, "vision_config", None)
+        self.image_size: int = getattr(vision, "image_size", 0)
         policy.check_model(self.geometry)
         cache_dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
         text = model.hf_text_config

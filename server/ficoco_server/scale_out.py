@@ -24,6 +24,8 @@ from vllm_ficoco.models.llava import PACKED_FIELD, tokens_by_hash
 from vllm_ficoco.settings import REDUCTION_KEY, Reduction, SettingsError, unpack
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel
 
+PIXELS, EMBEDS, HANDLE = "pixel_values", "image_embeds", "signature"
+
 
 class ReductionTokens(ServingTokens):
     """vLLM's handler, which looks at images before the engine gets them."""
@@ -32,34 +34,46 @@ class ReductionTokens(ServingTokens):
 
     async def serve_tokens(self, request: Any, raw_request: Any = None) -> Any:
         """As in vLLM."""
-        geometry = self.reducer.geometry
-        if request.features is not None and not isinstance(geometry, UnsupportedModel):
+        supported = not isinstance(self.reducer.geometry, UnsupportedModel)
+        if request.features is not None and supported:
             try:
-                check_features(
-                    request.features, request.sampling_params, self.reducer.policy, geometry
-                )
+                check_features(request, self.reducer)
             except SettingsError as error:
                 REQUESTS.labels(INVALID, "refused").inc()
                 raise VLLMValidationError(str(error), parameter=error.field) from None
         return await super().serve_tokens(request, raw_request)
 
 
-def check_features(features: Any, params: Any, policy: Policy, geometry: Geometry) -> None:
+def check_features(request: Any, reducer: Reducer) -> None:
     """Whether the parts of every rendered image agree, and with what this server can do.
 
     Raises:
         SettingsError: which do not.
     """
+    features, params, geometry = request.features, request.sampling_params, reducer.geometry
+    assert not isinstance(geometry, UnsupportedModel)
     items = mm_kwargs_from_features(features).get("image", [])
     for i, item in enumerate(items):
         mm_hash, place = features.mm_hashes["image"][i], features.mm_placeholders["image"][i]
         due = by_hash = tokens_by_hash(mm_hash, geometry)
         why = "what its hash says"
         if item is not None:
-            if PACKED_FIELD not in item and "pixel_values" not in item:
-                continue  # image_embeds have any length
-            reduction = _packed_in(item, f"features.kwargs_data.image[{i}]", policy, geometry)
-            due, why = geometry.kept(reduction), "what its settings keep"
+            field = f"features.kwargs_data.image[{i}]"
+            reduction = _packed_in(item, field, reducer.policy, geometry)
+            if PIXELS in item and EMBEDS not in item:
+                due, why = geometry.kept(reduction), "what its settings keep"
+                side = reducer.image_size
+                if _shape(item, PIXELS) != (3, side, side):
+                    allowed = f"of shape {(3, side, side)}"
+                    raise SettingsError(f"{field}.{PIXELS}", _shape(item, PIXELS), allowed)
+            elif EMBEDS in item and PIXELS not in item and reduction is None:
+                due, why = (*_shape(item, EMBEDS), 0)[0], "what its embeddings have"
+                if _shape(item, EMBEDS) != (due, reducer.decoder.hidden_size):
+                    allowed = f"of {reducer.decoder.hidden_size} numbers a token"
+                    raise SettingsError(f"{field}.{EMBEDS}", _shape(item, EMBEDS), allowed)
+            elif not (request.ec_transfer_params or (reducer.shared_memory and HANDLE in item)):
+                # Another instance has not encoded it, and it is not in memory, signed by vLLM.
+                raise SettingsError(field, sorted(item), f"{PIXELS}, or {EMBEDS} without settings")
             whole = needs_whole_prompt(params)
             if whole and reduction is not None and reduction.spec.decoder:
                 allowed = "left out where tokens leave inside the decoder"
@@ -70,6 +84,10 @@ def check_features(features: Any, params: Any, policy: Policy, geometry: Geometr
         if by_hash != due:
             allowed = f"a render's, of an image with {due} visual tokens"
             raise SettingsError(f"features.mm_hashes.image[{i}]", mm_hash, allowed)
+
+
+def _shape(item: Any, name: str) -> tuple[int, ...]:
+    return tuple(getattr(item[name].data, "shape", ()))
 
 
 def _packed_in(item: Any, field: str, policy: Policy, geometry: Geometry) -> Reduction | None:

@@ -20,13 +20,18 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
 from vllm.multimodal.cache.base import (
     MultiModalCache,
     MultiModalProcessorCacheItemMetadata,
     MultiModalProcessorCacheOutItem,
 )
 from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
+from vllm.multimodal.cache.shm import ShmObjectStoreSenderCache
 from vllm.utils.cache import LRUCache
+
+logger = init_logger(__name__)
 
 SHARE = 0.75
 """Of the size of the engine's cache, how much ours has. An image that is found here must still be
@@ -71,7 +76,9 @@ class SentImages(LruKeyReplicatedSenderCache):
                     self._sent.get(name)
                 else:
                     self._sent.pop(name)
-                    self._sent.put_if_fits(name, MultiModalCache.get_item_size(feature.data))
+                    size = MultiModalCache.get_item_size(feature.data)
+                    if not self._sent.put_if_fits(name, size):
+                        self._sent.clear()  # the engine may have made room for it
 
     def is_cached_item(self, mm_hash: str) -> bool:
         """Whether an image need not be rendered: the engine or another request has its data."""
@@ -120,18 +127,35 @@ class SentImages(LruKeyReplicatedSenderCache):
 def remember_what_is_sent(engine_client: Any) -> None:
     """Make the front end of an engine remember an image when it is sent, not when it is rendered.
 
-    Other caches of vLLM's (none, shared memory, several front ends) do not forget data, and stay.
     The cache is given our class, and not replaced, because vLLM's output handler already holds it.
+    Where there is none, or several front ends have each their own, data are always sent. That in
+    shared memory (``--mm-processor-cache-type shm``) stays as it is, with what README says of it.
+
+    What cannot be encoded, such as half a surrogate pair among the stop strings, is found when a
+    request is sent. It is the client's to mend, and a 500 of vLLM's.
     """
     cache, core = engine_client.renderer.mm_processor_cache, engine_client.engine_core
-    if type(cache) is not LruKeyReplicatedSenderCache:
-        return
-    cache.__class__ = SentImages
-    cache.begin()
+    if type(cache) is LruKeyReplicatedSenderCache:
+        cache.__class__ = SentImages
+        cache.begin()
+    elif isinstance(cache, ShmObjectStoreSenderCache):
+        logger.warning("In shared memory, images of refused requests keep their room for good.")
     send = core.add_request_async
 
     async def add_request_async(request: Any) -> None:
-        cache.sent(request.mm_features or ())
-        await send(request)
+        features = request.mm_features or ()
+        if isinstance(cache, SentImages):
+            cache.sent(features)
+        try:
+            await send(request)
+        except BaseException as error:
+            for feature in features if isinstance(cache, SentImages) else ():
+                cache.invalidate(feature.mm_hash or feature.identifier)
+            if not isinstance(error, ValueError | TypeError | OverflowError):
+                raise
+            engine_client.output_processor.abort_requests([request.request_id], internal=True)
+            raise VLLMValidationError(
+                f"The request has a value that cannot be sent to the engine: {error}"
+            ) from error
 
     core.add_request_async = add_request_async

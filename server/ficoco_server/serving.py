@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
 from typing import Any, TypeVar
@@ -263,15 +263,21 @@ def _refused(field: str, value: object, allowed: str) -> VLLMValidationError:
     return VLLMValidationError(str(SettingsError(field, value, allowed)), parameter=field)
 
 
+def _is_loaded(part: Any) -> bool:
+    """Whether vLLM loads something to render a part of a message."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    return is_image(part) or (isinstance(kind, str) and ("audio" in kind or "video" in kind))
+
+
 async def _check_parts(messages: Any, model_config: Any) -> None:
     """Let vLLM refuse messages that it could not render, whatever is said of their images.
 
-    A part of a form that it does not take is no image to us, which we would complain about. Images
-    are left out, so that none is loaded.
+    A part of a form that it does not take is no image to us, which we would complain about. Images,
+    audio and video are left out, so that none is loaded.
     """
     empty = {"type": "text", "text": ""}
     without_images = [
-        {**message, "content": [empty if is_image(part) else part for part in content]}
+        {**message, "content": [empty if _is_loaded(part) else part for part in content]}
         if (content := message.get("content")) and not isinstance(content, str)
         else message
         for message in messages

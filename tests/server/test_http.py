@@ -480,6 +480,34 @@ def test_rendered_images_must_agree_with_their_places(
     assert server.http.get("/health").status_code == 200
 
 
+def test_a_rendered_image_must_be_one(server: Server) -> None:
+    """Fields that the tower could not take, or that make another number of tokens."""
+
+    def changed(field: str, change: Any) -> dict[str, Any]:
+        prompt = rendered(server, None, TOKENS, None)
+        [data] = prompt["features"]["kwargs_data"]["image"]
+        item = decode_mm_kwargs_item(data)
+        element = item.pop("pixel_values")
+        if change is not None:
+            element.data = change(element.data)
+            item[field] = element
+        prompt["features"]["kwargs_data"]["image"] = [encode_mm_kwargs_item(item)]
+        return prompt
+
+    for field, change, param in (
+        ("pixel_values", lambda pixels: pixels[:, :4, :4], "kwargs_data.image[0].pixel_values"),
+        ("pixel_values", None, "kwargs_data.image[0]"),
+        ("other", lambda pixels: pixels, "kwargs_data.image[0]"),
+        ("image_embeds", lambda pixels: pixels, "kwargs_data.image[0].image_embeds"),
+        ("image_embeds", lambda p: p.new_zeros(3, 256), "mm_placeholders.image[0].length"),
+    ):
+        answer = server.http.post("/inference/v1/generate", json=changed(field, change))
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == f"features.{param}"
+    right = changed("pixel_values", lambda pixels: pixels)
+    assert server.http.post("/inference/v1/generate", json=right).status_code == 200
+
+
 def test_the_client_gets_its_own_exceptions(server: Server) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         chat(server, image(), visual_token_budget=-1)

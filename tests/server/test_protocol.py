@@ -193,7 +193,16 @@ def test_a_setting_that_is_misspelt(key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        *("deduction", "reaction", "production", "bucket", "max_budget", "budget_tokens", "method"),
+        *(
+            "deduction",
+            "redaction",
+            "reaction",
+            "production",
+            "bucket",
+            "max_budget",
+            "budget_tokens",
+            "method",
+        ),
         *("thinking_token_budget", "visual", "token_budget", "introduction", "", "b", "r" * 10_000),
     ],
 )

@@ -65,6 +65,8 @@ CAUSES: dict[str, dict[str, Any]] = {
     "truncation": {"truncate_prompt_tokens": 40},
     "truncation of the placeholder": {"truncate_prompt_tokens": 3},
     "n with greedy sampling": {"n": 2},
+    "half a surrogate pair": {"stop": ["\ud800"]},
+    "a number of 80 bits": {"top_k": 2**80},
     "many": {"n": 99999999},
     "priority": {"priority": 9},
     "another model": {"model": "another"},
@@ -253,15 +255,18 @@ def test_an_earlier_answer_that_says_nothing(server: Server) -> None:
 
 
 def grey(bits: int, form: str) -> str:
-    """A crossed square, in so many bits."""
+    """A cross, in so many bits."""
     lines = np.abs(np.indices((168, 168)) - 84)
     shape = (np.abs(lines[0] - lines[1]) < 20).astype(np.uint8) * 200 + 30
+    if form == "ASCII":
+        text = f"P2 168 168 65535\n{' '.join(map(str, shape.astype(int).flatten() * 257))}\n"
+        return "data:image/x-portable-graymap;base64," + base64.b64encode(text.encode()).decode()
     if bits == 16:
         return data_url(Image.fromarray(shape.astype(np.uint16) * 257), form)
     return data_url(Image.fromarray(shape), form)
 
 
-@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM", "ASCII"])
 @pytest.mark.parametrize("budget", [TOKENS, 48])
 def test_grey_in_16_bits_is_grey_in_8(server: Server, form: str, budget: int) -> None:
     """The logits of the same picture in 8 bits; Pillow alone makes all of it white."""
