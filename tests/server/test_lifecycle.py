@@ -150,8 +150,10 @@ def test_a_server_ends_with_its_engine_and_says_so(tmp_path: Path) -> None:
 class Client:
     """What an engine client must have to be stopped."""
 
-    def __init__(self, dead: bool = False) -> None:
+    def __init__(self, dead: bool = False, servers: int = 1) -> None:
         self.errored = dead
+        parallel = SimpleNamespace(_api_process_count=servers)
+        self.vllm_config = SimpleNamespace(parallel_config=parallel)
         self.did: list[Any] = []
         self.output_processor = SimpleNamespace(propagate_error=self.did.append)
 
@@ -209,6 +211,22 @@ async def test_whoever_is_inside_when_the_time_is_out_gets_an_error() -> None:
     assert client.did[:2] == ["no more connections", 0.0]
     assert str(client.did[2]) == "The server is shutting down."
     assert engine._state.server.config.timeout_graceful_shutdown == lifecycle.LAST_WORDS
+
+
+async def test_one_of_several_servers_speaks_before_its_parent_kills_it() -> None:
+    engine = front(Client(servers=2))
+    engine._state.door.enter()
+    stopped = asyncio.to_thread(engine.shutdown, lifecycle.LAST_WORDS + 0.1)
+    await asyncio.wait_for(stopped, lifecycle.LAST_WORDS)
+
+
+async def test_a_server_that_has_not_started_can_be_told_to_stop() -> None:
+    client = Client()
+    engine = front(client)
+    del engine._state.server.servers
+    await asyncio.to_thread(engine.shutdown, 0)
+    await asyncio.sleep(0)
+    assert str(client.did[1]) == "The server is shutting down."
 
 
 @pytest.mark.parametrize("dead", [False, True])

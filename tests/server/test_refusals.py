@@ -41,7 +41,8 @@ LONG = {"type": "text", "text": "what " * 2030}
 
 def post(server: Server, path: str, body: dict[str, Any]) -> httpx.Response:
     length = "max_output_tokens" if path == RESPONSES else "max_tokens"
-    return server.http.post(path, json={"model": MODEL, length: 2, "temperature": 0, **body})
+    text = json.dumps({"model": MODEL, length: 2, "temperature": 0, **body})  # with escapes
+    return server.http.post(path, content=text, headers={"Content-Type": "application/json"})
 
 
 # --- Refused when the image was already processed ---------------------------------------------
