@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from copy import copy
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, PromptTokenUsageInfo
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.chat_utils import parse_chat_messages_async
 from vllm.renderers.online_renderer import OnlineRenderer
 
@@ -101,8 +101,13 @@ class ReductionRenderer(OnlineRenderer):
             return await super().preprocess_chat(request, messages, *args, **kwargs)
         try:
             settings = self.reducer.settle(request, messages)
-        except VLLMValidationError:
-            await _check_parts(messages, self.model_config)
+        except VLLMValidationError as refused:
+            try:
+                await _check_parts(messages, self.model_config)
+            except (VLLMClientError, ValueError):
+                raise
+            except Exception:  # a video that does not come, say
+                raise refused from None
             raise
         request._seen.expect(settings)
         theirs = request.mm_processor_kwargs
@@ -263,21 +268,15 @@ def _refused(field: str, value: object, allowed: str) -> VLLMValidationError:
     return VLLMValidationError(str(SettingsError(field, value, allowed)), parameter=field)
 
 
-def _is_loaded(part: Any) -> bool:
-    """Whether vLLM loads something to render a part of a message."""
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    return is_image(part) or (isinstance(kind, str) and ("audio" in kind or "video" in kind))
-
-
 async def _check_parts(messages: Any, model_config: Any) -> None:
     """Let vLLM refuse messages that it could not render, whatever is said of their images.
 
-    A part of a form that it does not take is no image to us, which we would complain about. Images,
-    audio and video are left out, so that none is loaded.
+    A part of a form that it does not take is no image to us, which we would complain about. Images
+    are left out, so that none is loaded.
     """
     empty = {"type": "text", "text": ""}
     without_images = [
-        {**message, "content": [empty if _is_loaded(part) else part for part in content]}
+        {**message, "content": [empty if is_image(part) else part for part in content]}
         if (content := message.get("content")) and not isinstance(content, str)
         else message
         for message in messages

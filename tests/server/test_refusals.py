@@ -67,7 +67,7 @@ CAUSES: dict[str, dict[str, Any]] = {
     "truncation of the placeholder": {"truncate_prompt_tokens": 3},
     "n with greedy sampling": {"n": 2},
     "half a surrogate pair": {"stop": ["\ud800"]},
-    "a number of 80 bits": {"top_k": 2**80},
+    "a number of 80 bits": {"top_k": 2**80, "temperature": 1},
     "many": {"n": 99999999},
     "priority": {"priority": 9},
     "another model": {"model": "another"},
