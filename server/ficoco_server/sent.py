@@ -69,9 +69,9 @@ class SentImages(LruKeyReplicatedSenderCache):
         """
         with self._lock:
             for feature in features:
-                self._sent.touch(feature.mm_hash or feature.identifier)
+                self._sent.touch(_name(feature))
             for feature in features:
-                name = feature.mm_hash or feature.identifier
+                name = _name(feature)
                 if feature.data is None:
                     self._sent.get(name)
                 else:
@@ -124,6 +124,12 @@ class SentImages(LruKeyReplicatedSenderCache):
             self._sent.pop(mm_hash)
 
 
+def _name(feature: Any) -> str:
+    """Under which name the engine keeps an image."""
+    name: str = feature.mm_hash or feature.identifier
+    return name
+
+
 def remember_what_is_sent(engine_client: Any) -> None:
     """Make the front end of an engine remember an image when it is sent, not when it is rendered.
 
@@ -150,7 +156,7 @@ def remember_what_is_sent(engine_client: Any) -> None:
             await send(request)
         except BaseException as error:
             for feature in features if isinstance(cache, SentImages) else ():
-                cache.invalidate(feature.mm_hash or feature.identifier)
+                cache.invalidate(_name(feature))
             if not isinstance(error, ValueError | TypeError | OverflowError):
                 raise
             engine_client.output_processor.abort_requests([request.request_id], internal=True)

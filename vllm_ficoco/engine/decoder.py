@@ -152,11 +152,6 @@ def stage_layers(number: int) -> type[nn.Module]:
     return support_torch_compile(dynamic_arg_dims=dynamic)(StageLayers)
 
 
-def _names(stage: nn.Module) -> list[str]:
-    """What vLLM calls the attention layers of a stage."""
-    return [layer.self_attn.attn.layer_name for layer in stage.layers]
-
-
 class StagedDecoder:
     """A decoder in stages.
 
@@ -182,10 +177,13 @@ class StagedDecoder:
         self.visual: Tensor | None = None
         edges = [0, *geometry.starts, len(model.layers)]
         self.stages: list[nn.Module] = []
+        # What vLLM calls the attention layers of every stage.
+        self.names: list[list[str]] = []
         for number, (first, end) in enumerate(pairwise(edges)):
             layers = model.layers[first:end]
             for layer in layers:
                 enter_stage(layer.self_attn.attn, number)
+            self.names.append([layer.self_attn.attn.layer_name for layer in layers])
             with set_model_tag(f"stage{number}"):  # names vLLM's folder of compiled pieces
                 self.stages.append(stage_layers(number)(vllm_config=vllm_config, layers=layers))
         # Of every stage but the last one: tokens leave behind its last layer.
@@ -260,7 +258,7 @@ class StagedDecoder:
                 batch = Batch(hidden, residual, positions, index)
                 hidden, residual, positions = self._reduce(number, batch, rows, images)
                 index = rows.index
-                for name in _names(stage):
+                for name in self.names[number]:
                     # Keys and values go where the context says, not where the metadata do.
                     context.slot_mapping[name] = context.attn_metadata[name].ficoco_rows.slots
             hidden, residual = stage(positions, hidden, residual)
@@ -275,7 +273,7 @@ class StagedDecoder:
         """Which rows each stage runs on; None for all of them."""
         if not isinstance(metadata, dict):
             return [None] * len(self.stages)
-        later = [metadata[_names(stage)[0]].ficoco_rows for stage in self.stages[1:]]
+        later = [metadata[names[0]].ficoco_rows for names in self.names[1:]]
         return [None, *later]
 
     def _prepare(
