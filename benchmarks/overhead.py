@@ -212,8 +212,8 @@ def tower(folder: Path, rounds: int, batch: int, dtype: str) -> None:
     from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 
     from vllm_ficoco.methods import METHODS
-    from vllm_ficoco.models.llava import PACKED_FIELD
-    from vllm_ficoco.settings import Reduction, pack
+    from vllm_ficoco.packed import PACKED_FIELD, pack
+    from vllm_ficoco.settings import Reduction
 
     options: dict[str, Any] = {"load_format": "dummy", "max_num_batched_tokens": 576 * batch + 64}
     llm = engine(folder, dtype=dtype, max_num_seqs=8, **options)

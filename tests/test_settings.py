@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from vllm_ficoco.methods import METHODS
+from vllm_ficoco.packed import Packed, pack, unpack
 from vllm_ficoco.settings import (
     DEFAULT_METHOD,
     MAX_BUDGET,
     Reduction,
     SettingsError,
-    pack,
     per_image,
-    unpack,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -163,16 +162,16 @@ def test_pack_and_unpack(sent: dict) -> None:
     packed = pack(reduction)
     assert packed.dtype == torch.uint8
     assert packed.dim() == 1
-    assert unpack(packed) == reduction
-    assert unpack(packed).key == reduction.key
-    assert unpack(packed.clone()) == reduction
+    assert unpack(packed) == Packed(reduction)
+    assert unpack(packed).reduction.key == reduction.key
+    assert unpack(packed.clone()) == Packed(reduction)
 
 
 def test_no_reduction_packs_to_nothing() -> None:
     """None is an empty tensor."""
     assert pack(None).numel() == 0
     assert pack(None).dtype == torch.uint8
-    assert unpack(pack(None)) is None
+    assert unpack(pack(None)) == Packed()
 
 
 # --- What is wrong ------------------------------------------------------------------------------
@@ -286,7 +285,7 @@ def test_no_budget() -> None:
         (
             {"method": "tome", "budget": 64, "options": {"r": 8}},
             "reduction.options.r",
-            "no options",
+            "known here: newlines",
         ),
         (
             {"method": "visionzip", "budget": 64, "options": {"contextual": 1}},

@@ -109,6 +109,28 @@ def windows(grid: tuple[int, int], count: int) -> list[tuple[int, int, int, int]
     return cuts
 
 
+def largest_remainder(total: int, sizes: Sequence[int]) -> list[int]:
+    """Share a number out in proportion to sizes, in whole numbers that sum to it exactly.
+
+    Everybody gets the whole part of a proportional share; what is left over goes, one by one, to
+    the largest fractions, among equals to the first. Nobody gets more than its size.
+
+    Args:
+        total: at most the sum of the sizes.
+        sizes: not negative.
+    """
+    whole = sum(sizes)
+    shares, fractions = [], []
+    for size in sizes:
+        share, fraction = divmod(total * size, max(whole, 1))
+        shares.append(share)
+        fractions.append(fraction)
+    order = sorted(range(len(sizes)), key=lambda i: -fractions[i])
+    for i in order[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
 # --- Stages of the decoder ----------------------------------------------------------------------
 
 

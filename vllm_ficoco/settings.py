@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from vllm_ficoco.methods import METHODS, Method
@@ -213,9 +211,40 @@ class Reduction(BaseModel):
         whole = self.budget is not None and self.budget >= tokens
         return None if self.method == NO_REDUCTION or whole else self
 
+    @property
+    def keeps_newlines(self) -> bool:
+        """Whether the newline tokens of an image in tiles stay."""
+        return self.options.get("newlines") == "all"
+
     def parsed_options(self) -> Any:
         """The options as the method's own model."""
         return self.spec.options.model_validate(self.options)
+
+
+class ShareOfTokens(Reduction):
+    """A budget that is a share of the tokens that an image has: it waits for the image.
+
+    A server makes one of ``detail: low`` where an image's tokens depend on its size. Clients name
+    counts: nothing that they send becomes one.
+    """
+
+    budget: int | None = 1
+    """Nobody's: see :meth:`for_tokens`."""
+    share: int
+    """The budget is the number of tokens divided by this,"""
+    least: int
+    """but not less than this"""
+    most: int | None = None
+    """and not more than this."""
+
+    def for_tokens(self, tokens: int) -> Reduction | None:
+        budget = max(tokens // self.share, self.least)
+        settled = Reduction(
+            method=self.method,
+            budget=min(budget, self.most or budget),
+            options=self.options,
+        )
+        return settled.for_tokens(tokens)
 
 
 def per_image(kwargs: Mapping[str, object], images: int) -> list[Reduction | None]:
@@ -239,23 +268,6 @@ def per_image(kwargs: Mapping[str, object], images: int) -> list[Reduction | Non
     if len(value) != images:
         raise SettingsError(field, value, f"a list with one entry per image ({images})")
     return [None if v is None else read(v, f"{field}[{i}]") for i, v in enumerate(value)]
-
-
-def pack(reduction: Reduction | None) -> torch.Tensor:
-    """Settings as a uint8 tensor, to travel with an image's pixels; empty for no reduction."""
-    if reduction is None:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(bytearray(reduction.key.encode()), dtype=torch.uint8)
-
-
-def unpack(packed: torch.Tensor) -> Reduction | None:
-    """The settings that :func:`pack` wrote."""
-    return _parse_packed(bytes(packed.tolist()))
-
-
-@lru_cache(maxsize=1024)  # the images of a batch mostly have few different settings
-def _parse_packed(raw: bytes) -> Reduction | None:
-    return Reduction.model_validate_json(raw) if raw else None
 
 
 def _explain(error: ValidationError, field: str, model: type[BaseModel]) -> SettingsError:

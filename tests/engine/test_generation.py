@@ -120,8 +120,8 @@ def test_unreduced_images_are_bit_identical_to_vllm(engine: Engine) -> None:
     """Alone and in a mixed batch, they come out of vLLM's own class."""
     from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 
-    from vllm_ficoco.models.llava import PACKED_FIELD
-    from vllm_ficoco.settings import Reduction, pack
+    from vllm_ficoco.packed import PACKED_FIELD, pack
+    from vllm_ficoco.settings import Reduction
 
     model = engine.model
     torch.manual_seed(0)
@@ -146,8 +146,8 @@ def test_an_image_does_not_depend_on_the_batch_it_is_in(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     """The same settings and image give the same tokens alone and beside others, alike or not."""
-    from vllm_ficoco.models.llava import PACKED_FIELD
-    from vllm_ficoco.settings import Reduction, pack
+    from vllm_ficoco.packed import PACKED_FIELD, pack
+    from vllm_ficoco.settings import Reduction
 
     torch.manual_seed(1)
     pixels = torch.randn(6, 3, 168, 168)

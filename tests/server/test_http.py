@@ -28,8 +28,8 @@ from tests.server.conftest import (
     value,
 )
 from vllm_ficoco.methods import METHODS
-from vllm_ficoco.models.llava import PACKED_FIELD
-from vllm_ficoco.settings import Reduction, pack
+from vllm_ficoco.packed import PACKED_FIELD, pack
+from vllm_ficoco.settings import Reduction
 
 pytestmark = pytest.mark.server
 

@@ -27,10 +27,10 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_ficoco.methods import tome
-from vllm_ficoco.methods.paradigm import Evidence, Method, Options, Tokens, highest
+from vllm_ficoco.methods.paradigm import Evidence, Method, Tokens, VisionOptions, highest
 
 
-class FiCoCoKOptions(Options):
+class FiCoCoKOptions(VisionOptions):
     """Options of FiCoCo-K."""
 
     protect: Annotated[float, Field(ge=0, le=16)] = 0.5

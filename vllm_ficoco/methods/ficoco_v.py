@@ -58,8 +58,8 @@ from vllm_ficoco.methods.paradigm import (
     AttentionKind,
     Evidence,
     Method,
-    Options,
     Tokens,
+    VisionOptions,
     highest,
     merge,
     on_device,
@@ -67,7 +67,7 @@ from vllm_ficoco.methods.paradigm import (
 )
 
 
-class FiCoCoVOptions(Options):
+class FiCoCoVOptions(VisionOptions):
     """Options of FiCoCo-V; the numbers are the paper's."""
 
     attention: AttentionKind = "logits"

@@ -20,4 +20,5 @@ NONE = Method(
     place="output",
     schedule=lambda _, __, ___, ____: [],
     filter=filter,
+    options=Options,
 )

@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, wraps
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from vllm_ficoco import schedule
@@ -36,6 +36,16 @@ class Options(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, serialize_by_alias=True
     )
+
+
+class VisionOptions(Options):
+    """Options of every method that reduces before the decoder."""
+
+    newlines: Annotated[Literal["none", "all"], Field(exclude_if=lambda value: value == "none")] = (
+        "none"
+    )
+    """Of an image in tiles (LLaVA-NeXT, LLaVA-OneVision), whether the newline tokens behind its
+    rows stay, within the budget; ``none``: they leave before any patch does."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +275,20 @@ class DecoderPart:
 
 
 @dataclass(frozen=True)
+class Across:
+    """How a method chooses among all parts of an image in tiles, on the tower's output."""
+
+    layers: Callable[[int, Any], tuple[int, ...]]
+    """(tower layers that run, options) -> the layers whose evidence it asks for, ascending."""
+    thumbnail: Callable[[int, int, int, Any], int]
+    """(patches that stay, places of the thumbnail, of all tiles together, options) -> patches of
+    the thumbnail that stay: not more than it has, and not fewer than the tiles leave over."""
+    choose: Callable[[Any, int, int, Any], Tensor]
+    """(a :class:`vllm_ficoco.methods.parts.Parts`, patches of the thumbnail that stay, of all tiles
+    together, options) -> (B, both) places that stay, ascending, in ``parts * places`` of a part."""
+
+
+@dataclass(frozen=True)
 class Method:
     """One way to reduce: a place, a schedule, the three steps; and what it does in the decoder."""
 
@@ -282,12 +306,14 @@ class Method:
     filter: Filter
     correlate: Correlate | None = None
     compress: Compress | None = None
-    options: type[Options] = Options
+    options: type[Options] = VisionOptions
     proportional_attention: bool = False
     """Layers attend with log(size) added to the scores, so that a merged token counts fully."""
     added: int = 0
     """New tokens that compress puts behind the targets at every stage (EViT: one)."""
     decoder: DecoderPart | None = None
+    across: Across | None = None
+    """How it compares the parts of an image in tiles; None: each part is reduced by itself."""
 
     @property
     def places(self) -> list[str]:

@@ -31,15 +31,15 @@ from vllm_ficoco import schedule
 from vllm_ficoco.methods.paradigm import (
     Evidence,
     Method,
-    Options,
     Tokens,
+    VisionOptions,
     highest,
     merge,
     take,
 )
 
 
-class PruMergeOptions(Options):
+class PruMergeOptions(VisionOptions):
     """Options of PruMerge."""
 
     neighbours: Annotated[int, Field(ge=1, le=4096)] = 32

@@ -28,8 +28,8 @@ from vllm_ficoco import schedule
 from vllm_ficoco.methods.paradigm import (
     Evidence,
     Method,
-    Options,
     Tokens,
+    VisionOptions,
     complement,
     highest,
     merge,
@@ -38,7 +38,7 @@ from vllm_ficoco.methods.paradigm import (
 )
 
 
-class VisionZipOptions(Options):
+class VisionZipOptions(VisionOptions):
     """Options of VisionZip."""
 
     contextual: Annotated[float, Field(ge=0, lt=1)] = 5 / 32

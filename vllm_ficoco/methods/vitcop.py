@@ -41,12 +41,13 @@ from vllm_ficoco.methods.paradigm import (
     Method,
     Steps,
     Tokens,
+    VisionOptions,
     highest,
     merge,
 )
 
 
-class ViTCoPOptions(DecoderOptions):
+class ViTCoPOptions(DecoderOptions, VisionOptions):
     """Options of ViTCoP; the first two numbers are the paper's."""
 
     distance: Annotated[float, Field(gt=0)] = 8.0

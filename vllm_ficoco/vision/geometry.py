@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from vllm_ficoco import schedule
 from vllm_ficoco.schedule import Stage
 from vllm_ficoco.settings import Reduction, SettingsError
+from vllm_ficoco.vision.layout import Layout, Window
 
 STAGES_KEY = "reduction_stages"
 """Of a model's configuration: see :func:`decoder_stages`."""
@@ -17,25 +19,53 @@ class UnsupportedModel(ValueError):
     """A model whose visual tokens cannot be reduced; the message says why."""
 
 
+class PartPlan(NamedTuple):
+    """What the tower does with one of its inputs: an image, its thumbnail or one of its tiles."""
+
+    part: int
+    """Which one of the layout's."""
+    window: Window
+    """What of its grid may stay."""
+    keep: int
+    """Tokens that are left of it, above 0."""
+    stages: tuple[Stage, ...]
+    """Where the others leave; none where nothing does."""
+
+
 class Geometry(NamedTuple):
     """A LLaVA as a reduction sees it: the tower's grid and layers, the decoder's stages."""
 
     grid: tuple[int, int]
-    """Rows and columns of patches."""
+    """Rows and columns of patches that the tower makes of each of its inputs."""
     layers: int
     """Layers of the tower that run: up to the one whose output LLaVA takes."""
     has_cls: bool
     decoder_layers: int = 1
     starts: tuple[int, ...] = ()
     """First layer of every stage of the decoder at which tokens can leave."""
+    by_image: bool = False
+    """Whether an image's layout depends on its size (tiles)."""
+    unsupported: str = ""
+    """Why nothing can be reduced; empty where something can. Nothing else then holds."""
 
     @property
     def tokens(self) -> int:
-        """Visual tokens of one unreduced image."""
+        """Visual tokens that the tower makes of one of its inputs; in LLaVA-1.5, of an image."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def layout(self) -> Layout:
+        """That of every image, where it is always the same.
+
+        Raises:
+            ValueError: it depends on the image.
+        """
+        if self.by_image:
+            raise ValueError("the layout depends on the image")
+        return Layout(self.grid)
+
     def images_at_once(self, encoder_tokens: int) -> int:
-        """How many images a step of the engine may encode, by what vLLM lets its encoder do."""
+        """How many images or tiles a step may put through the tower, by what vLLM lets it do."""
         return max(1, encoder_tokens // self.tokens)
 
     @property
@@ -68,19 +98,26 @@ class Geometry(NamedTuple):
             return tuple(range(1, 1 + len(self.starts)))
         return schedule.nearest_stages(self.starts, self.decoder_layers, wanted, 32)
 
-    def held(self, reduction: Reduction | None, field: str = "budget") -> list[int]:
+    def held(
+        self, reduction: Reduction | None, field: str = "budget", layout: Layout | None = None
+    ) -> list[int]:
         """Visual tokens of an image in every stage of the decoder, those before the first included.
 
         Stages hold whole KV blocks, so it can become some more inside the decoder
         (:func:`vllm_ficoco.engine.gaps.held_of`).
 
+        Args:
+            reduction: its settings.
+            field: where they stood, for messages.
+            layout: the image's; by default the one that all images have.
+
         Raises:
             SettingsError: the method cannot reach the budget, or not with these stages.
         """
-        count = 1 + len(self.starts)
-        active = reduction.for_tokens(self.tokens) if reduction else None
+        count, tokens = 1 + len(self.starts), (layout or self.layout).tokens
+        active = reduction.for_tokens(tokens) if reduction else None
         if active is None:
-            return [self.tokens] * count
+            return [tokens] * count
         part, budget = active.spec.decoder, active.budget or 0
         if part is None:
             return [budget] * count
@@ -99,9 +136,9 @@ class Geometry(NamedTuple):
 
         def kept(first: int) -> list[int]:
             """In every stage, where the first place of reduction keeps ``first``."""
-            at_places = given or part.shares(self.tokens, max(first, least), len(stages))
+            at_places = given or part.shares(tokens, max(first, least), len(stages))
             by_stage = dict(zip(stages, at_places, strict=True))
-            left, held = self.tokens, []
+            left, held = tokens, []
             for stage in range(count):
                 left = min(left, by_stage.get(stage, left))
                 held.append(left)
@@ -110,37 +147,122 @@ class Geometry(NamedTuple):
         if given is not None:
             return kept(0)
         try:
-            return schedule.within_average(budget, self.spans, self.tokens, kept)
+            return schedule.within_average(budget, self.spans, tokens, kept)
         except ValueError as error:
             raise SettingsError(field, active.budget, str(error)) from None
 
-    def stages(self, reduction: Reduction, field: str = "budget") -> list[Stage]:
-        """Where tokens leave in this tower; empty where none do.
+    def parts(
+        self, reduction: Reduction, field: str = "budget", layout: Layout | None = None
+    ) -> list[PartPlan]:
+        """What stays of every part of an image, and where the rest leaves in the tower.
+
+        Empty where everything enters the decoder. A part of which nothing stays is left out.
 
         Raises:
             SettingsError: the method cannot reach the budget in this tower, or as :meth:`held`.
         """
-        active = reduction.for_tokens(self.tokens)
+        layout = layout or self.layout
+        active = reduction.for_tokens(layout.tokens)
         if active is None:
             return []
-        into_decoder = self.held(active, field)[0]
-        if into_decoder >= self.tokens:
+        into_decoder = self.held(active, field, layout)[0]
+        if into_decoder >= layout.tokens:
             return []
-        try:
-            return active.spec.schedule(
-                self.tokens, into_decoder, self.layers, active.parsed_options()
+        if not layout.newlines and not layout.is_tiled and active.keeps_newlines:
+            raise SettingsError(
+                _beside(field, "options.newlines"),
+                "all",
+                "left out or 'none': images have no newline tokens in this model",
             )
+        try:
+            return _plan(self, layout, active, into_decoder)
         except ValueError as error:
-            raise SettingsError(field, active.budget, str(error)) from None
+            allowed = str(error)
+            if layout.is_tiled:  # what a tile needs says little: name what the image needs
+                smallest = self._smallest(active, into_decoder, layout)
+                allowed = f"at least {smallest} for an image of {layout.tokens} visual tokens"
+            raise SettingsError(field, active.budget, allowed) from None
 
-    def kept(self, reduction: Reduction | None, field: str = "budget") -> int:
+    def _smallest(self, reduction: Reduction, below: int, layout: Layout) -> int:
+        """The smallest number of tokens above another one that can be left of an image."""
+        for count in range(below + 1, layout.tokens):
+            try:
+                _plan(self, layout, reduction, count)
+            except ValueError:
+                continue
+            return count
+        return layout.tokens
+
+    def stages(
+        self, reduction: Reduction, field: str = "budget", layout: Layout | None = None
+    ) -> list[Stage]:
+        """Where tokens leave in this tower, of the image or its thumbnail; empty where none do.
+
+        Raises:
+            SettingsError: as :meth:`parts`.
+        """
+        return [*next((p.stages for p in self.parts(reduction, field, layout)), ())]
+
+    def kept(
+        self, reduction: Reduction | None, field: str = "budget", layout: Layout | None = None
+    ) -> int:
         """Visual tokens that enter the decoder: the placeholders and the rows the model returns.
 
         Raises:
-            SettingsError: as :meth:`stages`.
+            SettingsError: as :meth:`parts`.
         """
-        stages = self.stages(reduction, field) if reduction else []
-        return stages[-1].keep if stages else self.tokens
+        layout = layout or self.layout
+        if reduction is None or not (plans := self.parts(reduction, field, layout)):
+            return layout.tokens
+        return sum(plan.keep for plan in plans) + self.newlines_kept(reduction, layout)
+
+    def newlines_kept(self, reduction: Reduction, layout: Layout) -> int:
+        """Newline tokens of a reduced image that enter the decoder.
+
+        With ``newlines: none`` they leave before any patch does: some stay only where a budget is
+        larger than the number of patches.
+        """
+        return _newlines(reduction, layout, self.held(reduction, layout=layout)[0])
+
+
+def _newlines(reduction: Reduction, layout: Layout, count: int) -> int:
+    if reduction.keeps_newlines:
+        return layout.newlines
+    return max(0, count - sum(window.tokens for window in layout.parts))
+
+
+@lru_cache(maxsize=4096)
+def _plan(geometry: Geometry, layout: Layout, reduction: Reduction, count: int) -> list[PartPlan]:
+    """The parts of an image of which ``count`` tokens enter the decoder.
+
+    Raises:
+        ValueError: the method cannot do that; says what one part would need.
+    """
+    patches = count - _newlines(reduction, layout, count)
+    if patches < 1:
+        raise ValueError("more than the newlines")
+    windows, across = layout.parts, reduction.spec.across
+    sizes = [window.tokens for window in windows]
+    if across is not None and layout.is_tiled:
+        # Which tile keeps how much is seen on the device; here, how much the tiles keep together.
+        whole = across.thumbnail(patches, sizes[0], sum(sizes[1:]), reduction.parsed_options())
+        shares = [whole, *schedule.largest_remainder(patches - whole, sizes[1:])]
+    else:
+        shares = schedule.largest_remainder(patches, sizes)
+    plans = []
+    for part, (window, keep) in enumerate(zip(windows, shares, strict=True)):
+        if keep:
+            # Inside the tower padding is like any token: the redundant leave first.
+            in_tower = reduction.spec.place == "tower"
+            had = geometry.tokens if in_tower else window.tokens
+            window = windows[0] if in_tower else window
+            stages = (
+                reduction.spec.schedule(had, keep, geometry.layers, reduction.parsed_options())
+                if keep < had
+                else []
+            )
+            plans.append(PartPlan(part, window, keep, tuple(stages)))
+    return plans
 
 
 def _beside(field: str, name: str) -> str:
@@ -149,8 +271,12 @@ def _beside(field: str, name: str) -> str:
     return field.removesuffix("budget") + name if beside else field
 
 
+FAMILIES = {"llava": False, "llava_next": True, "llava_onevision": True}
+"""``model_type`` of the models that can be reduced, and whether an image's layout is its own."""
+
+
 def geometry_of(config: Any) -> Geometry:
-    """The geometry of a Hugging Face ``LlavaConfig``.
+    """The geometry of a Hugging Face configuration of one of :data:`FAMILIES`.
 
     Raises:
         UnsupportedModel: there is no way to reduce for this configuration.
@@ -158,7 +284,8 @@ def geometry_of(config: Any) -> Geometry:
     vision = getattr(config, "vision_config", None)
     kind = getattr(vision, "model_type", None)
     strategy = getattr(config, "vision_feature_select_strategy", None)
-    if getattr(config, "model_type", None) != "llava" or vision is None:
+    by_image = FAMILIES.get(getattr(config, "model_type", None) or "")
+    if by_image is None or vision is None:
         raise UnsupportedModel(
             f"visual tokens can be reduced for LLaVA models, not for {config.model_type!r}"
         )
@@ -175,6 +302,11 @@ def geometry_of(config: Any) -> Geometry:
         )
     side = vision.image_size // vision.patch_size
     chosen = config.vision_feature_layer
+    if by_image and not isinstance(chosen, int):
+        raise UnsupportedModel(
+            "features of several layers of the tower cannot be reduced (vision_feature_layer = "
+            f"{chosen})"
+        )
     # As vLLM: the deepest of the layers; a negative index counts from the output of the last.
     deepest = max(
         layer if layer >= 0 else vision.num_hidden_layers + layer + 1
@@ -186,6 +318,7 @@ def geometry_of(config: Any) -> Geometry:
         kind == "clip_vision_model",
         config.text_config.num_hidden_layers,
         decoder_stages(config),
+        by_image,
     )
 
 

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the visual tokens of one image stand: how many parts it has, their grids, its newlines.
+
+LLaVA-1.5 puts an image through the tower once: one part, one grid. LLaVA-NeXT and LLaVA-OneVision
+put it through as a whole (the thumbnail) and cut into tiles. The tiles are stitched to one grid,
+which is cut to the image's shape, and a newline token follows every row of it:
+
+    thumbnail, row 0 of the stitched grid, newline, row 1, newline, ...
+
+Which sizes give which layout is vLLM's to say (:mod:`vllm_ficoco.models`); here it is only counted.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Window(NamedTuple):
+    """A rectangle of a grid; it may be empty."""
+
+    top: int
+    left: int
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        """Places in it."""
+        return self.rows * self.columns
+
+
+class Raster(NamedTuple):
+    """How a sequence of visual tokens is numbered, so that a number says where a token stands.
+
+    First the thumbnail's grid, then a stitched grid with one newline behind every row.
+    """
+
+    grid: tuple[int, int]
+    columns: int
+    """Of the stitched grid, newlines not counted."""
+    window: Window
+    """What of the stitched grid is the image; its numbers are relative to that."""
+
+    def spots(self, number: Tensor) -> Tensor:
+        """(n, 2): row and column of tokens (n,), in sides of the image; newlines at the right."""
+        rows, columns = self.grid
+        behind = number - rows * columns
+        row, column = behind // (self.columns + 1), behind % (self.columns + 1)
+        in_thumbnail = torch.stack([(number // columns) / rows, (number % columns) / columns], -1)
+        in_tiles = torch.stack(
+            [
+                (row - self.window.top) / max(self.window.rows, 1),
+                (column - self.window.left) / max(self.window.columns, 1),
+            ],
+            -1,
+        )
+        return torch.where((behind < 0)[..., None], in_thumbnail, in_tiles)
+
+
+class Layout(NamedTuple):
+    """One image's visual tokens."""
+
+    grid: tuple[int, int]
+    """Rows and columns of patches that the tower makes of each of its inputs."""
+    tiles: tuple[int, int] = (0, 0)
+    """Rows and columns of tiles; none for an image that goes through the tower as it is."""
+    window: Window = Window(0, 0, 0, 0)
+    """What of the stitched grid is the image; the rest is padding."""
+    shrunk: tuple[int, int] | None = None
+    """Rows and columns that the model shrinks the window to where it is too large (OneVision). A
+    reduced image is not shrunk: its tokens are chosen among all that the tower has made."""
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether it has tiles, and so newlines."""
+        return self.tiles != (0, 0)
+
+    @property
+    def inputs(self) -> int:
+        """How many times the tower runs for it: the thumbnail and every tile."""
+        return 1 + self.tiles[0] * self.tiles[1]
+
+    @property
+    def encoded(self) -> int:
+        """Tokens that the tower makes of it, padding included."""
+        return self.inputs * self.grid[0] * self.grid[1]
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of the unreduced image."""
+        whole = self.grid[0] * self.grid[1]
+        if not self.is_tiled:
+            return whole
+        rows, columns = self.shrunk or (self.window.rows, self.window.columns)
+        return whole + rows * (columns + 1)
+
+    @property
+    def newlines(self) -> int:
+        """Newlines that a reduced image can keep: one for every row."""
+        return self.window.rows if self.is_tiled else 0
+
+    @property
+    def parts(self) -> tuple[Window, ...]:
+        """Of the thumbnail and of every tile, what of its grid is the image."""
+        return _parts(self)
+
+    def numbers(self, part: int) -> tuple[int, int]:
+        """The number of a part's first place in the sequence, and what a row of it adds.
+
+        Numbers run over the thumbnail and then the stitched grid, padding and newlines included.
+        """
+        rows, columns = self.grid
+        if part == 0:
+            return 0, columns
+        row, column = divmod(part - 1, self.tiles[1])
+        width = self.tiles[1] * columns + 1
+        return rows * columns + row * rows * width + column * columns, width
+
+    def newline_numbers(self, count: int) -> list[int]:
+        """The numbers of so many of its newlines, evenly over its rows."""
+        rows, columns = self.grid
+        width = self.tiles[1] * columns + 1
+        chosen = (self.window.top + i * self.newlines // count for i in range(count))
+        return [rows * columns + (row + 1) * width - 1 for row in chosen]
+
+    def raster(self, reduced: bool) -> Raster:
+        """How the tokens that enter the decoder are numbered.
+
+        Args:
+            reduced: before the decoder; else they are numbered as they come, without gaps.
+        """
+        if reduced:
+            return Raster(self.grid, self.tiles[1] * self.grid[1], self.window)
+        rows, columns = self.shrunk or (self.window.rows, self.window.columns)
+        return Raster(self.grid, columns, Window(0, 0, rows, columns))
+
+    def to_json(self) -> str:
+        """For a packed field."""
+        return json.dumps(self, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        """What :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: it is not a layout.
+        """
+        try:
+            grid, tiles, window, shrunk = json.loads(text)
+            made = cls(_pair(grid), _pair(tiles), Window(*window), shrunk and _pair(shrunk))
+        except TypeError as error:
+            raise ValueError(f"not a layout: {text[:100]}") from error
+        numbers = (*made.grid, *made.tiles, *made.window, *(made.shrunk or ()))
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(f"not a layout: {text[:100]}")
+        return made
+
+
+def _pair(value: list[int]) -> tuple[int, int]:
+    first, second = value
+    return first, second
+
+
+@lru_cache(maxsize=4096)
+def _parts(layout: Layout) -> tuple[Window, ...]:
+    rows, columns = layout.grid
+    parts = [Window(0, 0, rows, columns)]
+    window = layout.window
+    for row in range(layout.tiles[0]):
+        for column in range(layout.tiles[1]):
+            top = min(max(window.top - row * rows, 0), rows)
+            end = min(max(window.top + window.rows - row * rows, top), rows)
+            left = min(max(window.left - column * columns, 0), columns)
+            right = min(max(window.left + window.columns - column * columns, left), columns)
+            parts.append(Window(top, left, end - top, right - left))
+    return tuple(parts)
