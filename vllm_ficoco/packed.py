@@ -49,7 +49,7 @@ def unpack(packed: torch.Tensor) -> Packed:
 def packed_of(data: Mapping[str, Any] | None) -> Packed:
     """What the field of an item says, vLLM's with its fields; nothing where it has none."""
     field = data.get(PACKED_FIELD) if data is not None else None
-    return Packed() if field is None else unpack(field.data)
+    return Packed() if field is None or field.data is None else unpack(field.data)
 
 
 @lru_cache(maxsize=4096)  # the images of a batch mostly have few different settings

@@ -11,6 +11,12 @@ MODELS = {
     "LlavaForConditionalGeneration": (
         "vllm_ficoco.models.llava:ReducingLlavaForConditionalGeneration"
     ),
+    "LlavaNextForConditionalGeneration": (
+        "vllm_ficoco.models.llava_next:ReducingLlavaNextForConditionalGeneration"
+    ),
+    "LlavaOnevisionForConditionalGeneration": (
+        "vllm_ficoco.models.llava_onevision:ReducingLlavaOnevisionForConditionalGeneration"
+    ),
 }
 """Architecture and, as a lazy string, the class that takes its place."""
 

@@ -20,8 +20,9 @@ from ficoco_server.policy import Policy
 from ficoco_server.reducer import Reducer
 from ficoco_server.resolve import Level, settle
 from vllm_ficoco.engine.checks import needs_whole_prompt
-from vllm_ficoco.models.llava import PACKED_FIELD, tokens_by_hash
-from vllm_ficoco.settings import REDUCTION_KEY, Reduction, SettingsError, unpack
+from vllm_ficoco.models.processing import tokens_by_hash
+from vllm_ficoco.packed import PACKED_FIELD, unpack
+from vllm_ficoco.settings import REDUCTION_KEY, Reduction, SettingsError
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel
 
 PIXELS, EMBEDS, HANDLE = "pixel_values", "image_embeds", "signature"
@@ -94,7 +95,7 @@ def _packed_in(item: Any, field: str, policy: Policy, geometry: Geometry) -> Red
     """The settings that travel with an image, where this server lets a request have them."""
     packed = item.get(PACKED_FIELD)
     try:
-        reduction = unpack(packed.data) if packed is not None else None
+        reduction = unpack(packed.data).reduction if packed is not None else None
     except (ValueError, AttributeError, TypeError):
         allowed = "an item with settings as a render writes them"
         raise SettingsError(field, PACKED_FIELD, allowed) from None

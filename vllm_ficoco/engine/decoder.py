@@ -27,6 +27,7 @@ from vllm_ficoco.methods.paradigm import DecoderPart, Steps, Tokens, reduce
 from vllm_ficoco.methods.random import lot_of
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.geometry import Geometry
+from vllm_ficoco.vision.layout import Layout, Raster
 
 
 class VisualTokens(torch.Tensor):
@@ -39,7 +40,9 @@ class VisualTokens(torch.Tensor):
 
     reduction: Reduction
     places: Tensor
-    """(n,) on the image's grid."""
+    """(n,) ascending: their numbers in the image."""
+    raster: Raster
+    """Where on the image a number is."""
     lot: Tensor
     """(1, 1), see :func:`vllm_ficoco.methods.random.lot_of`; 0 where the method draws none."""
 
@@ -47,7 +50,7 @@ class VisualTokens(torch.Tensor):
     def of(cls, tokens: Tensor, *marks: Any) -> VisualTokens:
         """Marks an image's tokens, (n, D), with all of the above."""
         marked = tokens.as_subclass(cls)
-        marked.reduction, marked.places, marked.lot = marks
+        marked.reduction, marked.places, marked.raster, marked.lot = marks
         return marked
 
     @classmethod
@@ -55,11 +58,8 @@ class VisualTokens(torch.Tensor):
         result = super().__torch_function__(func, types, args, kwargs or {})
         if isinstance(result, cls) and isinstance(args[0], cls):
             marked = args[0]
-            result.reduction, result.places, result.lot = (
-                marked.reduction,
-                marked.places,
-                marked.lot,
-            )
+            result.reduction, result.places = marked.reduction, marked.places
+            result.raster, result.lot = marked.raster, marked.lot
         return result
 
 
@@ -76,7 +76,8 @@ class Image:
     steps: dict[int, Steps]
     """What happens to it, by stage."""
     places: Tensor
-    """(n,) places on the grid of the tokens that are left by now."""
+    """(n,) numbers of the tokens that are left by now."""
+    raster: Raster
     lot: Tensor
     noted: Tensor | None = None
     """What its method has noted of the decoder's input."""
@@ -195,22 +196,25 @@ class StagedDecoder:
         reduction: Reduction | None,
         places: Tensor | None,
         pixels: Tensor,
+        layout: Layout,
     ) -> Tensor:
         """An image's visual tokens, so that :meth:`unmark` will know what to do with them.
 
         Args:
             tokens: (n, D).
             reduction: its settings.
-            places: (n,) on the image's grid; None for all.
-            pixels: (1, 3, height, width) of the image.
+            places: (n,) their numbers in the image, see :meth:`Layout.numbers`; None for all.
+            pixels: (1, tiles, 3, height, width) of the image.
+            layout: the image's.
         """
         part = reduction.spec.decoder if reduction is not None else None
         if part is None:
             return tokens
+        raster = layout.raster(reduced=places is not None)
         if places is None:
             places = torch.arange(len(tokens), device=tokens.device)
         lot = lot_of(pixels) if part.by_lot else places.new_zeros(1, 1)
-        return VisualTokens.of(tokens, reduction, places, lot)
+        return VisualTokens.of(tokens, reduction, places, raster, lot)
 
     def unmark(self, embeddings: Sequence[Tensor], is_visual: Tensor | None) -> Sequence[Tensor]:
         """Plain tensors, and noted which rows of the coming forward pass are images to reduce.
@@ -240,7 +244,8 @@ class StagedDecoder:
         last = len(part.steps) - 1
         steps = {stage: part.steps[min(place, last)] for place, stage in enumerate(stages)}
         end = start + len(tokens)
-        return Image(start, end, tokens.reduction, part, steps, tokens.places, tokens.lot)
+        marks = tokens.places, tokens.raster, tokens.lot
+        return Image(start, end, tokens.reduction, part, steps, *marks)
 
     def __call__(
         self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
@@ -436,6 +441,7 @@ class StagedDecoder:
             final_norm=self.model.norm.weight,
             lot=torch.cat([some.image.lot for some in group]),
             grid=self.geometry.grid,
+            rasters=tuple(some.image.raster for some in group),
             read_text=lambda: batch.hidden[text_rows] + batch.residual[text_rows],
             scale=attention.scaling,
             heads=attention.total_num_heads,

@@ -4,11 +4,12 @@
 vLLM lets a step encode as many visual tokens as ``--max-num-batched-tokens`` says, and counts what
 an image holds in the prompt. The tower takes in the whole image, however few tokens come out of
 it: hundreds of images that keep one token each would go through the tower in one step, and nobody
-else would get a token meanwhile. So here an image that is reduced counts with all its tokens.
+else would get a token meanwhile. So here an image that is reduced counts with all its tokens, and
+one in tiles with those of all its tiles, padding included, whether it is reduced or not.
 
 The encoder cache manager is asked, image by image, whether one more can be encoded now. It is
 chosen by ``--ec-manager-config`` (:mod:`vllm_ficoco.models.config` does), whatever the scheduler.
-Memory is still counted by what images hold, and images that are not reduced are treated as in vLLM.
+Memory is still counted by what images hold.
 """
 
 from __future__ import annotations
@@ -18,26 +19,24 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.request import Request
 
+from vllm_ficoco.packed import packed_of
 from vllm_ficoco.vision.geometry import geometry_of
 
 
-def encoded(feature: MultiModalFeatureSpec, tokens: int) -> int:
-    """Visual tokens that the tower makes for an image.
+class TowerBudget(EncoderCacheManager):
+    """vLLM's manager, which also minds what the tower does.
 
     Args:
-        feature: the image; one that comes as embeddings passes by the tower.
-        tokens: of an unreduced image.
+        cache_size: vLLM's.
+        tokens: that the tower makes of an image, where all images are alike; else 0, and each
+            says so by its layout.
     """
-    held = feature.mm_position.get_num_embeds()
-    return held if "image_embeds" in (feature.data or ()) else max(held, tokens)
-
-
-class TowerBudget(EncoderCacheManager):
-    """vLLM's manager, which also minds what the tower does."""
 
     def __init__(self, cache_size: int, tokens: int) -> None:
         super().__init__(cache_size)
         self.tokens = tokens
+        self.most = 0
+        """What a step may encode. An image of more tiles than that runs alone."""
         self.asked = 0
         """Beyond what they hold, the tower makes so many tokens of the images that may be encoded
         for the request that is looked at."""
@@ -46,12 +45,25 @@ class TowerBudget(EncoderCacheManager):
 
     @classmethod
     def create_manager(cls, *, cache_size: int, vllm_config: VllmConfig) -> TowerBudget:
-        return cls(cache_size, geometry_of(vllm_config.model_config.hf_config).tokens)
+        geometry = geometry_of(vllm_config.model_config.hf_config)
+        return cls(cache_size, 0 if geometry.by_image else geometry.tokens)
+
+    def encoded(self, feature: MultiModalFeatureSpec) -> int:
+        """Visual tokens that the tower makes for an image, as far as a step can.
+
+        One that comes as embeddings passes by the tower; a video is counted as in vLLM.
+        """
+        held = feature.mm_position.get_num_embeds()
+        if feature.modality != "image" or "image_embeds" in (feature.data or ()):
+            return held
+        layout = packed_of(feature.data).layout
+        tokens = layout.encoded if layout is not None else self.tokens
+        return max(held, min(tokens, self.most) if layout is not None else tokens)
 
     def _left_in_tower(self, request: Request, input_id: int) -> int:
         """Tokens of an image that do not come out of the tower."""
         feature = request.mm_features[input_id]
-        return encoded(feature, self.tokens) - feature.mm_position.get_num_embeds()
+        return self.encoded(feature) - feature.mm_position.get_num_embeds()
 
     def can_allocate(
         self,
@@ -63,6 +75,7 @@ class TowerBudget(EncoderCacheManager):
         """As vLLM's, of what the tower can still do in this step."""
         if not num_embeds_to_schedule:  # the first of a request
             self.asked = 0
+        self.most = max(self.most, encoder_compute_budget)  # of a step, before anything is in it
         left = self._left_in_tower(request, input_id)
         encoder_compute_budget -= self.spent + self.asked + left
         if not super().can_allocate(

@@ -21,11 +21,10 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_ficoco import schedule
 from vllm_ficoco.engine.checks import needs_whole_prompt
-from vllm_ficoco.engine.encoder import TowerBudget, encoded
+from vllm_ficoco.engine.encoder import TowerBudget
 from vllm_ficoco.engine.gaps import Plan, Run
 from vllm_ficoco.engine.kv import GapManager, PlannedHashes
-from vllm_ficoco.models.llava import PACKED_FIELD
-from vllm_ficoco.settings import unpack
+from vllm_ficoco.packed import packed_of
 from vllm_ficoco.vision.geometry import geometry_of
 
 logger = init_logger(__name__)
@@ -89,10 +88,12 @@ class _Planning:
 
     def _encoded(self, request: Request) -> int:
         """Visual tokens that the tower makes for a request, as far as it is asked to count them."""
-        if not isinstance(self.encoder_cache_manager, TowerBudget):  # type: ignore[attr-defined]
+        manager = self.encoder_cache_manager  # type: ignore[attr-defined]
+        if not isinstance(manager, TowerBudget):
             return 0
+        manager.most = self.max_num_encoder_input_tokens  # type: ignore[attr-defined]
         once = {feature.identifier: feature for feature in request.mm_features}
-        return sum(encoded(feature, self.geometry.tokens) for feature in once.values())
+        return sum(map(manager.encoded, once.values()))
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
         """As vLLM's, but refused requests end here, before what they computed is put out."""
@@ -119,11 +120,14 @@ class _Planning:
         """
         runs, keep, settings = [], [], []
         for feature in request.mm_features or ():
-            packed = feature.data.get(PACKED_FIELD) if feature.data is not None else None
-            reduction = unpack(packed.data) if packed is not None else None
+            reduction, layout = packed_of(feature.data)
             place = feature.mm_position
             runs.append(Run(place.offset, place.offset + place.length))
-            keep.append(self.geometry.held(reduction)[1:])
+            keep.append(
+                self.geometry.held(reduction, layout=layout)[1:]
+                if reduction is not None
+                else [place.length] * len(self.geometry.starts)
+            )
             settings.append(reduction)
         parts = [r.spec.decoder for r in settings if r is not None and r.spec.decoder is not None]
         if not parts:

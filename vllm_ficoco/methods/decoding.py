@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_ficoco.methods.paradigm import AttentionKind, DecoderPart, Method, Options, once
+from vllm_ficoco.vision.layout import Raster
 
 EVIDENCE_BYTES = 256 * 2**20
 """What attention in float32 may take at once (a softmax takes as much again): it comes on top of
@@ -61,6 +62,8 @@ class DecoderEvidence:
     heads: int
     """H over all ranks."""
     sum_over_ranks: Callable[[Tensor], Tensor] = field(default=lambda x: x)
+    rasters: tuple[Raster, ...] = ()
+    """Of images in tiles, what the tokens' positions refer to instead of the grid."""
     noted: Tensor | None = None
     """(B, ...): what the method's ``note`` has made of the decoder's input; None without one."""
     before: tuple[Tensor, Tensor] | None = None
@@ -149,6 +152,14 @@ class DecoderEvidence:
         return self._mean_over_heads(
             query, key, lambda products: CHANGES[kind](products.masked_fill(later, masked))
         )
+
+    def spots(self, position: Tensor) -> Tensor:
+        """(B, n, 2): row and column of tokens at positions (B, n), in sides of the image."""
+        if self.rasters:
+            pairs = zip(self.rasters, position, strict=True)
+            return torch.stack([raster.spots(number) for raster, number in pairs])
+        rows, columns = self.grid
+        return torch.stack([(position // columns) / rows, (position % columns) / columns], -1)
 
     def _norms(self, x: Tensor) -> Tensor:
         return self.sum_over_ranks(x.float().square().sum((1, 3))).sqrt()

@@ -79,9 +79,7 @@ def clusters(
     tokens: Tokens, evidence: DecoderEvidence, count: int, options: ViTCoPOptions
 ) -> Tensor:
     """(B, n): the cluster of every token, from 0; algorithm 2."""
-    rows, columns = evidence.grid
-    position = tokens.position
-    place = torch.stack([(position // columns) / rows, (position % columns) / columns], -1)
+    place = evidence.spots(tokens.position)
     hidden = tokens.hidden.float()
     apart = _distances(hidden)
     others = apart + torch.diag(apart.new_full((len(tokens),), torch.inf))

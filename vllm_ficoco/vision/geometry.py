@@ -48,6 +48,11 @@ class Geometry(NamedTuple):
     unsupported: str = ""
     """Why nothing can be reduced; empty where something can. Nothing else then holds."""
 
+    @classmethod
+    def none(cls, reason: str) -> Geometry:
+        """That of a model whose visual tokens cannot be reduced."""
+        return cls((0, 0), 0, False, unsupported=reason)
+
     @property
     def tokens(self) -> int:
         """Visual tokens that the tower makes of one of its inputs; in LLaVA-1.5, of an image."""

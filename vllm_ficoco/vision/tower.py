@@ -10,20 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vllm_ficoco.methods import Evidence, Tokens
+from vllm_ficoco.schedule import Stage
 from vllm_ficoco.settings import Reduction
-from vllm_ficoco.vision.geometry import Geometry
+from vllm_ficoco.vision.geometry import Geometry, PartPlan
+from vllm_ficoco.vision.layout import Layout, Window
 
 Timer = Callable[[str], AbstractContextManager[None]]
 """Times the reduction part of a stage; given the method's name."""
 
 
+class Input(NamedTuple):
+    """What is to be done with one input of the tower: an image, a thumbnail or a tile."""
+
+    reduction: Reduction
+    """The settings of its image."""
+    window: Window
+    """What of the grid may stay."""
+    keep: int
+    stages: tuple[Stage, ...]
+    """Where the others leave; none where all of the window stays."""
+
+
 class ReducingTower:
-    """A vision tower that returns as many tokens of each image as its settings say.
+    """A vision tower that returns as many tokens of each input as it is told to.
 
     Args:
         vision_model: the tower: ``embeddings``, ``encoder.layers``, and for CLIP
@@ -45,35 +60,90 @@ class ReducingTower:
         self.sum_over_ranks = sum_over_ranks
         self.timer = timer
 
-    def __call__(
-        self, pixels: Tensor, settings: Sequence[Reduction]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Visual tokens of every image, (kept, D), before the projector, and their grid places.
+    def __call__(self, pixels: Tensor, inputs: Sequence[Input]) -> list[tuple[Tensor, Tensor]]:
+        """What is left of every input, (kept, D), before the projector, and its places.
 
-        Images of one setting run as one batch; all images share the layers before the first one
-        at which their settings tell them apart.
+        Alike inputs run as one batch; all share the layers before the first one at which their
+        settings tell them apart.
 
         Args:
             pixels: (B, 3, height, width).
-            settings: one an image, each of which really reduces.
+            inputs: what is to be done with each.
+
+        Returns:
+            Of every input (kept, D) and (kept,) places in its window, in raster order.
         """
-        groups: dict[Reduction, list[int]] = {}
-        for image, reduction in enumerate(settings):
-            groups.setdefault(reduction, []).append(image)
-        outputs: list[tuple[Tensor, Tensor]] = [(pixels, pixels)] * len(settings)
-        hidden, waiting, at = self._embed(pixels), list(range(len(settings))), 0
-        for reduction in sorted(groups, key=lambda r: self.geometry.stages(r)[0].layer):
-            first = self.geometry.stages(reduction)[0].layer
+        groups: dict[Input, list[int]] = {}
+        for number, each in enumerate(inputs):
+            groups.setdefault(each, []).append(number)
+        outputs: list[tuple[Tensor, Tensor]] = [(pixels, pixels)] * len(inputs)
+        hidden, waiting, at = self._embed(pixels), list(range(len(inputs))), 0
+        for each in sorted(groups, key=self._first_layer):
+            first = self._first_layer(each)
             hidden = self._run(hidden, range(at, first))
             at = first
-            images = groups[reduction]
-            index = [waiting.index(image) for image in images]
-            reduced = self._reduce(rows(hidden, index), rows(pixels, images), reduction)
-            for image, *tokens in zip(images, reduced.hidden, reduced.position, strict=True):
-                outputs[image] = tuple(tokens)
+            numbers = groups[each]
+            index = [waiting.index(number) for number in numbers]
+            reduced = self._reduce(rows(hidden, index), rows(pixels, numbers), each)
+            for number, *tokens in zip(numbers, reduced.hidden, reduced.position, strict=True):
+                outputs[number] = tuple(tokens)
             left = [i for i in range(len(waiting)) if i not in index]
             hidden, waiting = rows(hidden, left), [waiting[i] for i in left]
         return outputs
+
+    def _first_layer(self, each: Input) -> int:
+        return each.stages[0].layer if each.stages else self.geometry.layers
+
+    def across(
+        self,
+        pixels: Tensor,
+        reduction: Reduction,
+        layout: Layout,
+        plans: Sequence[PartPlan],
+        at_once: int,
+    ) -> tuple[Tensor, Tensor]:
+        """What is left of an image of which a method compares the parts with each other.
+
+        Args:
+            pixels: (P, 3, height, width), thumbnail and tiles.
+            reduction: the image's settings.
+            layout: the image's.
+            plans: how many tokens its parts keep; of the tiles only the sum counts.
+            at_once: how many of them the tower may run together.
+
+        Returns:
+            (kept, D) before the projector, and (kept,) places, counted part after part.
+        """
+        from vllm_ficoco.methods.parts import Parts
+
+        method, options = reduction.spec, reduction.parsed_options()
+        across, first = method.across, int(self.geometry.has_cls)
+        assert across is not None
+        looks = across.layers(self.geometry.layers, options)
+        outputs: list[Tensor] = []
+        seen: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in looks}
+        for part in pixels.split(at_once):
+            hidden = self._embed(part)
+            for i in range(self.geometry.layers):
+                layer = self.vision_model.encoder.layers[i]
+                if i not in seen:
+                    hidden = self._run(hidden, range(i, i + 1))
+                    continue
+                hidden, *heads = self._attend(layer, hidden, None)
+                seen[i].append((heads[0], heads[1]))
+                hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+            outputs.append(hidden[:, first:])
+        with self.timer(method.name):
+            evidence = []
+            for i in looks:
+                query, key = (torch.cat(heads) for heads in zip(*seen[i], strict=True))
+                layer = self.vision_model.encoder.layers[i]
+                evidence.append(self._evidence(layer, query, key, pixels, layout.parts[0]))
+            thumbnail = sum(plan.keep for plan in plans if plan.part == 0)
+            tiles = sum(plan.keep for plan in plans) - thumbnail
+            parts = Parts(layout=layout, evidence=tuple(evidence))
+            (place,) = across.choose(parts, thumbnail, tiles, options)
+            return torch.cat(outputs).flatten(0, 1)[place], place
 
     def _embed(self, pixels: Tensor) -> Tensor:
         hidden = self.vision_model.embeddings(pixels)
@@ -88,22 +158,22 @@ class ReducingTower:
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 
-    def _reduce(self, hidden: Tensor, pixels: Tensor, reduction: Reduction) -> Tokens:
+    def _reduce(self, hidden: Tensor, pixels: Tensor, each: Input) -> Tokens:
         """One group, from the first layer of its stages to the end.
 
         Args:
             hidden: (B, m, D) input of that layer, [CLS] first if the tower has it.
-            pixels: of the same images.
-            reduction: their settings.
+            pixels: of the same inputs.
+            each: what is to be done with them.
 
         Returns:
             Those that stay.
         """
-        method, options = reduction.spec, reduction.parsed_options()
-        keep_after = dict(self.geometry.stages(reduction))
+        method, options = each.reduction.spec, each.reduction.parsed_options()
+        keep_after = dict(each.stages)
         first = int(self.geometry.has_cls)
         tokens = Tokens.of(hidden[:, first:])
-        for i in range(min(keep_after), self.geometry.layers):
+        for i in range(self._first_layer(each), self.geometry.layers):
             proportional = method.proportional_attention and len(tokens) < self.geometry.tokens
             if i not in keep_after and not proportional:
                 hidden = self._run(hidden, range(i, i + 1))
@@ -118,15 +188,29 @@ class ReducingTower:
                 continue
             if method.place == "output":
                 hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+                # It is the last layer: what is padding need not be there any more.
+                hidden, query, key = (self._within(x, each.window) for x in (hidden, query, key))
+                tokens = Tokens.of(hidden[:, first:])
             with self.timer(method.name):
-                evidence = self._evidence(layer, query, key, pixels)
+                evidence = self._evidence(layer, query, key, pixels, each.window)
                 tokens = tokens.with_hidden(hidden[:, first:])
                 tokens = method.reduce(tokens, evidence, keep_after[i], options)
                 hidden = torch.cat([hidden[:, :first], tokens.hidden], 1)
             if method.place == "tower":
                 hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
                 tokens = tokens.with_hidden(hidden[:, first:])
+        if not each.stages:
+            tokens = Tokens.of(self._within(hidden, each.window)[:, first:])
         return tokens
+
+    def _within(self, x: Tensor, window: Window) -> Tensor:
+        """(..., m, D) cut to [CLS] and a window of the grid."""
+        if window.tokens == self.geometry.tokens:
+            return x
+        first = int(self.geometry.has_cls)
+        grid = x[..., first:, :].unflatten(-2, self.geometry.grid)
+        grid = grid.narrow(-3, window.top, window.rows).narrow(-2, window.left, window.columns)
+        return torch.cat([x[..., :first, :], grid.flatten(-3, -2)], -2)
 
     def _attend(
         self, layer: nn.Module, hidden: Tensor, size: Tensor | None
@@ -158,14 +242,16 @@ class ReducingTower:
         output, _ = attention.out_proj(mixed)
         return hidden + output, query, key
 
-    def _evidence(self, layer: nn.Module, query: Tensor, key: Tensor, pixels: Tensor) -> Evidence:
+    def _evidence(
+        self, layer: nn.Module, query: Tensor, key: Tensor, pixels: Tensor, window: Window
+    ) -> Evidence:
         attention = layer.self_attn
         split = attention.tp_size > 1  # else the tower is whole, or replicated, on every rank
         return Evidence(
             query=query,
             key=key,
             scale=attention.scale,
-            grid=self.geometry.grid,
+            grid=(window.rows, window.columns),
             has_cls=self.geometry.has_cls,
             pixels=pixels,
             heads=attention.num_heads,

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-NeXT: an image is its thumbnail and tiles, stitched, cut to shape, a newline behind rows.
+
+What is common to it and LLaVA-OneVision is here, too.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
+from vllm.model_executor.models.llava_next import (
+    LlavaNextForConditionalGeneration,
+    LlavaNextMultiModalProcessor,
+    LlavaNextProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vllm_ficoco.models.processing import ReducingProcessor
+from vllm_ficoco.models.reducing import ReducingModel
+from vllm_ficoco.vision.layout import Layout, Window
+
+
+def tiled_layout(info: LlavaNextProcessingInfo, width: int, height: int) -> Layout:
+    """The layout of an image of so many pixels, from vLLM's own arithmetic."""
+    encoder = info.get_vision_encoder_info()
+    side = encoder.get_patch_grid_length()
+    tiles: tuple[int, int] = get_anyres_image_grid_shape(
+        (height, width),
+        grid_pinpoints=info.get_hf_config().image_grid_pinpoints,
+        patch_size=encoder.get_image_size(),
+    )
+
+    def rows_and_columns(family: type[LlavaNextProcessingInfo]) -> tuple[int, int]:
+        """Of the stitched grid, what is not padding, as a family's own method counts it."""
+        patches, rows = family._get_num_unpadded_features(
+            info,
+            original_height=height,
+            original_width=width,
+            npatches=side,
+            num_patch_height=tiles[0],
+            num_patch_width=tiles[1],
+        )
+        return rows, patches // max(rows, 1)
+
+    rows, columns = rows_and_columns(LlavaNextProcessingInfo)
+    shrunk = rows_and_columns(type(info))  # OneVision's, where the image is large
+    return Layout(
+        (side, side),
+        tiles,
+        Window((tiles[0] * side - rows) // 2, (tiles[1] * side - columns) // 2, rows, columns),
+        shrunk if shrunk != (rows, columns) else None,
+    )
+
+
+class TiledProcessor(ReducingProcessor):
+    """Of families with tiles."""
+
+    info: LlavaNextProcessingInfo
+
+    def layout_of(self, width: int, height: int) -> Layout:
+        return _layout_of(self.info, width, height)
+
+
+_layout_of = lru_cache(maxsize=4096)(tiled_layout)
+
+
+class TiledModel(ReducingModel):
+    """Of families with tiles."""
+
+    def _image_pixels_to_features(
+        self, vision_tower: torch.nn.Module, pixel_values: torch.Tensor
+    ) -> torch.Tensor:
+        """As vLLM's, a bounded number of tiles at a time.
+
+        vLLM bounds a batch of images by the tokens that come out of them. A thin image or one that
+        is shrunk has many more tiles, with the padding that makes images of a batch alike.
+        """
+        features = super()._image_pixels_to_features  # type: ignore[misc]
+        parts = pixel_values.split(self.images_at_once)
+        if len(parts) == 1:
+            return features(vision_tower, pixel_values)
+        return torch.cat([features(vision_tower, part) for part in parts])
+
+
+class ReducingLlavaNextProcessor(TiledProcessor, LlavaNextMultiModalProcessor):
+    """LLaVA-NeXT's."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    ReducingLlavaNextProcessor,
+    info=LlavaNextProcessingInfo,
+    dummy_inputs=LlavaDummyInputsBuilder,
+)
+class ReducingLlavaNextForConditionalGeneration(TiledModel, LlavaNextForConditionalGeneration):
+    """vLLM's LLaVA-NeXT with a visual token budget per image."""

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's multimodal processing area: settings in, placeholders, hashes and data that follow them.
+
+A family adds :class:`ReducingProcessor` to vLLM's processor and says which layout an image of some
+size has (:mod:`vllm_ficoco.models.llava_next`). How many tokens an image has unreduced is what
+vLLM's own prompt updates say; they are shortened, and must agree with the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import BatchFeature
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import MultiModalHashes
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
+from vllm.multimodal.processing import PromptUpdate
+from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.multimodal.processing.processor import PromptUpdateDetails
+
+from vllm_ficoco.packed import PACKED_FIELD, Packed, pack
+from vllm_ficoco.settings import (
+    BUDGET_KEY,
+    REDUCTION_KEY,
+    Reduction,
+    SettingsError,
+    per_image,
+)
+from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
+from vllm_ficoco.vision.layout import Layout
+
+COUNTS_KEY = "visual_tokens"
+"""In the engine input that the processor makes: a list of :class:`Packed`, one an image."""
+
+_KEPT = "-kept"
+"""Before the number of its visual tokens in the hash of a reduced image."""
+
+
+def tokens_by_hash(mm_hash: str, geometry: Geometry) -> int:
+    """Visual tokens of an image in a cache of vLLM's that is found by this hash; never fewer.
+
+    Only where all images have one layout: else an image is not seen where it is named by its uuid.
+    """
+    kept = mm_hash.rpartition(_KEPT)[2] if _KEPT in mm_hash else ""
+    counts = map(str, range(1, geometry.tokens))  # a client's uuid may end in any number
+    return int(kept) if kept in counts else geometry.tokens
+
+
+def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """What the Hugging Face processor may see."""
+    return {k: v for k, v in kwargs.items() if k not in (BUDGET_KEY, REDUCTION_KEY)}
+
+
+class RefusedImage(VLLMValidationError):
+    """Settings that one image, by its size, cannot follow; vLLM answers with a 400."""
+
+    def __init__(self, image: int, error: SettingsError, within: str) -> None:
+        """
+        Args:
+            image: which one of the prompt.
+            error: its field relative to the image's settings: ``budget``, ``method``, ...
+            within: where those were given.
+        """
+        self.image, self.error = image, error
+        field = f"{within}.{error.field}" if within.startswith(REDUCTION_KEY) else within
+        full = SettingsError(field, error.value, error.allowed)
+        super().__init__(str(full), parameter=field)
+
+
+class CountedDetails(PromptUpdateDetails):
+    """An image's placeholders, and what was settled for it. vLLM keeps these objects beside its
+    processor cache, so that an image that is found there has them, too."""
+
+    packed: Packed
+
+
+class ReducingProcessor:
+    """The mixin for vLLM's processors."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.info.get_hf_config()  # type: ignore[attr-defined]
+        self.geometry: Geometry
+        try:
+            self.geometry = geometry_of(config)
+        except UnsupportedModel as error:
+            self.geometry = Geometry.none(str(error))
+        server_wide = self.info.ctx.get_mm_config().mm_processor_kwargs or {}  # type: ignore[attr-defined]
+        for key in (BUDGET_KEY, REDUCTION_KEY):
+            if key in server_wide:
+                raise ValueError(
+                    f"{key} in --mm-processor-kwargs has no effect: a budget belongs to a "
+                    "request, or to the defaults of `vllm-ficoco serve`"
+                )
+
+    def layout_of(self, width: int, height: int) -> Layout:
+        """The layout of an image of so many pixels; a family's own where it depends on them."""
+        return self.geometry.layout
+
+    @property
+    def largest_layout(self) -> Layout:
+        """Of the image that has most visual tokens."""
+        size = self.info.get_image_size_with_most_features()  # type: ignore[attr-defined]
+        return self.layout_of(size.width, size.height)
+
+    def _asked(
+        self, kwargs: Mapping[str, object], items: MultiModalDataItems
+    ) -> list[Reduction | None]:
+        """The settings of every image, before its size is looked at.
+
+        Raises:
+            VLLMValidationError: they cannot be used; vLLM answers with a 400.
+        """
+        key = BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
+        try:
+            asked = per_image(kwargs, items.get_all_counts().get("image", 0))
+            if any(asked) and self.geometry.unsupported:
+                raise SettingsError(key, kwargs.get(key), self.geometry.unsupported)
+            if any(asked) and isinstance(items["image"], ImageEmbeddingItems):
+                raise SettingsError(key, kwargs.get(key), "left out with image_embeds inputs")
+        except SettingsError as error:
+            raise VLLMValidationError(str(error), parameter=error.field) from None
+        return asked
+
+    def _settled(self, kwargs: Mapping[str, object], items: MultiModalDataItems) -> list[Packed]:
+        """The settings of every image as its size lets them be, and its layout.
+
+        An image that is named by its uuid alone has no size: it keeps the settings that were
+        asked for, and no layout.
+
+        Raises:
+            VLLMValidationError: as :meth:`_asked`.
+            RefusedImage: a budget cannot be reached.
+        """
+        asked = self._asked(kwargs, items)
+        if not asked or self.geometry.unsupported:
+            return [Packed()] * len(asked)
+        images: Any = items["image"]
+        if isinstance(images, ImageEmbeddingItems):
+            return [Packed()] * len(asked)
+        key = BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
+        listed = isinstance(kwargs.get(key), Sequence)
+        settled = []
+        for image, reduction in enumerate(asked):
+            layout = None
+            if not self.geometry.by_image:
+                layout = self.geometry.layout
+            elif images[image] is not None:
+                layout = self.layout_of(*images.get_image_size(image))
+            if layout is not None:
+                try:
+                    self.geometry.kept(reduction, layout=layout)
+                except SettingsError as error:
+                    within = f"{key}[{image}]" if listed else key
+                    raise RefusedImage(image, error, within) from None
+                reduction = reduction and reduction.for_tokens(layout.tokens)
+            settled.append(Packed(reduction, layout))
+        return settled
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
+        """An image's hash depends on its own settings, not on those of its neighbours.
+
+        An unreduced image has the hash that vLLM gives it, so its cached data are shared. Where a
+        layout depends on the image, settings count as they were asked for: an image that is named
+        by its uuid is found by the same hash as one that is there.
+        """
+        settled = self._settled(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
+        settings = [packed.reduction for packed in settled]
+        if self.geometry.by_image:
+            settings = self._asked(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
+        ours = inputs.hf_processor_mm_kwargs
+        inputs.hf_processor_mm_kwargs = _without_ours(ours)
+        try:
+            hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        finally:
+            inputs.hf_processor_mm_kwargs = ours
+        if any(settings):
+            hashes["image"] = [
+                self._hash(plain, reduction) if reduction else plain
+                for plain, reduction in zip(hashes["image"], settings, strict=True)
+            ]
+        return hashes
+
+    def _hash(self, plain: str, reduction: Reduction) -> str:
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm  # type: ignore[attr-defined]
+        made = MultiModalHasher.hash_kwargs(algorithm, image=plain, reduction=reduction.key)
+        return made if self.geometry.by_image else f"{made}{_KEPT}{self.geometry.kept(reduction)}"
+
+    def _get_cache_missing_items(
+        self, cache: Any, mm_data_items: MultiModalDataItems, mm_hashes: MultiModalHashes
+    ) -> Any:
+        """As vLLM's, which does not say that an image is known by its uuid and its settings.
+
+        Raises:
+            VLLMValidationError: an image came as a uuid alone, and is not known.
+        """
+        for image, image_hash in enumerate(mm_hashes.get("image", ())):
+            if mm_data_items["image"][image] is None and not cache.is_cached_item(image_hash):
+                raise VLLMValidationError(
+                    f"Image {image} has a uuid and no data, and is not known: an image is kept by "
+                    "its uuid together with its budget, method and options, and not for ever. Send "
+                    "its data again.",
+                    parameter="uuid",
+                )
+        return super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)  # type: ignore[misc]
+
+    def _get_cache_missing_processor_kwargs(
+        self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
+    ) -> Mapping[str, object]:
+        """Settings of the images that are not in the processor cache."""
+        ours = inputs.hf_processor_mm_kwargs
+        settings = self._asked(ours, inputs.mm_data_items)
+        inputs.hf_processor_mm_kwargs = _without_ours(ours)
+        try:
+            kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)  # type: ignore[misc]
+        finally:
+            inputs.hf_processor_mm_kwargs = ours
+        cached = mm_is_cached.get("image", [])
+        missing = [s for s, hit in zip(settings, cached, strict=True) if not hit]
+        return kwargs | ({REDUCTION_KEY: missing} if any(missing) else {})
+
+    def _apply_hf_processor_main(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        """The Hugging Face processor's output and one packed field an image."""
+        processed = super()._apply_hf_processor_main(mm_items, _without_ours(hf_kwargs))  # type: ignore[misc]
+        settled = self._settled(hf_kwargs, mm_items)
+        if any(packed.layout for packed in settled):
+            processed[PACKED_FIELD] = [
+                pack(packed.reduction, packed.layout if self.geometry.by_image else None)
+                for packed in settled
+            ]
+        return processed
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = super()._get_mm_fields_config(hf_inputs, _without_ours(hf_processor_mm_kwargs))  # type: ignore[misc]
+        # On the CPU: the model reads the settings to lay out its work, and must not wait for them.
+        return {**fields, PACKED_FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+
+    # vLLM calls it by keyword.
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        updates = super()._get_prompt_updates(  # type: ignore[misc]
+            mm_items=mm_items,
+            hf_processor_mm_kwargs=_without_ours(hf_processor_mm_kwargs),
+            out_mm_kwargs=out_mm_kwargs,
+        )
+        settled = self._settled(hf_processor_mm_kwargs, mm_items)
+        if not any(packed.layout for packed in settled):
+            return updates
+
+        def counted(update: Any) -> Any:
+            if update.modality != "image":
+                return update
+            return replace(
+                update,
+                replacement=lambda image: self._placeholders(
+                    update._resolve_content(image).full, settled[image]
+                ),
+            )
+
+        return [counted(update) for update in updates]
+
+    def _placeholders(self, whole: list[int], packed: Packed) -> CountedDetails:
+        """As many of vLLM's placeholders of the unreduced image as its settings keep."""
+        assert packed.layout is not None
+        if len(whole) != packed.layout.tokens:
+            raise RuntimeError(
+                f"vLLM counts {len(whole)} visual tokens, but {packed.layout} has "
+                f"{packed.layout.tokens}"
+            )
+        kept = self.geometry.kept(packed.reduction, layout=packed.layout)
+        details = CountedDetails(whole[:kept])
+        details.packed = packed
+        return details
+
+    def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        result = super()._cached_apply_hf_processor(inputs, timing_ctx)  # type: ignore[misc]
+        inputs.visual_tokens = [
+            getattr(updates[0].content, "packed", Packed())
+            for updates in result.prompt_updates.get("image", ())
+        ]
+        return result
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        """As vLLM's, and what was settled for every image: the engine does not mind more keys."""
+        made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        made[COUNTS_KEY] = inputs.visual_tokens
+        return made
