@@ -72,8 +72,10 @@ def _problems(config: VllmConfig) -> Iterator[str]:
                 f"need {flag} {model.max_model_len} or more (max_model_len), not {tokens}: "
                 "an image and the question behind it run as one"
             )
-    tokens, block = geometry_of(model.hf_config).tokens, config.cache_config.block_size
-    if tokens < 2 * block - 1:
+    geometry, block = geometry_of(model.hf_config), config.cache_config.block_size
+    tokens = geometry.tokens
+    # An image in tiles has several times as many; a small one may hold no whole block.
+    if not geometry.by_image and tokens < 2 * block - 1:
         yield (
             f"need --block-size {(tokens + 1) // 2} or less, not {block}: they leave out whole KV "
             f"blocks, and the {tokens} tokens of an image need not hold one"
