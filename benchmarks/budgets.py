@@ -3,11 +3,14 @@
 
     python benchmarks/budgets.py --decoder 1b --dtype float32             # on a CPU
     python benchmarks/budgets.py --decoder llava-1.5-7b --batch 1,8,32    # on a GPU
+    python benchmarks/budgets.py --decoder llava-next-cut --dtype float32 --budgets 640,320,160 \
+        --methods topk,visionzip,ficoco-v,globalcom2,hired,fastv --stages 2     # tiles, on a CPU
 
-LLaVA-1.5's tower with a decoder of real geometry and random weights. Three engines take turns in
-one run, in processes of their own: vLLM without this package, with it, and with it and decoder
-stages. Every image is unseen, so no cache hides a prefill. Each figure is the median of the rounds;
-ratios are taken within a round, against vllm-ficoco with reduction off.
+LLaVA-1.5's or LLaVA-NeXT's tower (images of 2 x 2 tiles) with a decoder of real geometry and random
+weights. Three engines take turns in one run, in processes of their own: vLLM without this package,
+with it, and with it and decoder stages. Every image is unseen, so no cache hides a prefill. Each
+figure is the median of the rounds; ratios are taken within a round, against vllm-ficoco with
+reduction off.
 
 Ideals come from :mod:`vllm_ficoco.cost`: FLOPs for tower and prefill, bytes of weights and KV cache
 for a decode step.
@@ -35,6 +38,8 @@ from engines import (
     conditions,
     environment,
     geometry,
+    is_tiled,
+    layout,
     prompts,
     serve,
 )
@@ -42,9 +47,11 @@ from vllm_ficoco.cost import Decoder, attention_flops, mlp_flops, prefill_flops
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.engine.gaps import Plan, Run, held_of
 from vllm_ficoco.methods import METHODS
+from vllm_ficoco.packed import packed_of
 from vllm_ficoco.schedule import groups
 from vllm_ficoco.settings import NO_REDUCTION, Reduction, SettingsError
 from vllm_ficoco.vision.geometry import Geometry, geometry_of
+from vllm_ficoco.vision.layout import Layout
 
 WORDS = 54
 """Of a question: with what surrounds it, about the 60 text tokens that papers count with."""
@@ -64,10 +71,11 @@ class Probe:
         starts: first layers of the decoder's stages; none for vLLM's own scheduler and cache.
         batch: requests that must fit into one step.
         eager: no torch.compile and no CUDA graphs.
+        tiled: images are of 2 x 2 tiles.
     """
 
     def __init__(
-        self, model: str, dtype: str, starts: Sequence[int], batch: int, eager: bool
+        self, model: str, dtype: str, starts: Sequence[int], batch: int, eager: bool, tiled: bool
     ) -> None:
         import torch
 
@@ -84,13 +92,14 @@ class Probe:
                 options["attention_config"] = {"backend": "TRITON_ATTN"}
         if gpu:
             options["gpu_memory_utilization"] = 0.3  # three engines share it
+        self.side, context = (672, 3072) if tiled else (168, 1024)
         self.engine = LLM(
             model=model,
             dtype=dtype,
             load_format="dummy",
-            max_model_len=1024,
+            max_model_len=context,
             max_num_seqs=max(batch, 2),
-            max_num_batched_tokens=1024 * max(batch, 2),
+            max_num_batched_tokens=context * max(batch, 2),
             limit_mm_per_prompt={"image": 1},
             enable_prefix_caching=False,
             enforce_eager=eager or not gpu,
@@ -145,14 +154,14 @@ class Probe:
         extra = (
             {"mm_processor_kwargs": {"reduction": asked["reduction"]}} if asked["reduction"] else {}
         )
-        requests = prompts(asked["seed"], asked["batch"], WORDS)
+        requests = prompts(asked["seed"], asked["batch"], WORDS, self.side)
         self.spent.clear()
         self.memory.start()
         answer: Answer = {}
         begin, first, steps = time.perf_counter(), dict[str, float](), list[float]()
         for number, request in enumerate(requests):
             self.engine.add_request(f"{asked['seed']}-{number}", {**request, **extra}, params)
-        layout = self.layout(asked["reduction"])
+        layout = self.layout()
         while self.engine.has_unfinished_requests():
             start = time.perf_counter()
             outputs = self.engine.step()
@@ -186,15 +195,17 @@ class Probe:
         groups = self.scheduler.kv_cache_config.kv_cache_groups
         return max(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in groups)
 
-    def layout(self, reduction: dict[str, Any] | None) -> Answer:
+    def layout(self) -> Answer:
         """What the arithmetic says of a queued request: rows by layer, bytes in whole blocks."""
         request = next(iter(self.scheduler.requests.values()))
         place = request.mm_features[0].mm_position
         run = Run(place.offset, place.offset + place.length)
         prompt, size = request.num_prompt_tokens, self.scheduler.block_size
         geometry = geometry_of(self.engine.vllm_config.model_config.hf_config)
-        asked = Reduction.parse(reduction) if reduction else None
-        keep = geometry.held(asked)[1:]
+        asked, layout = packed_of(request.mm_features[0].data)
+        keep = [place.length] * len(geometry.starts)
+        if asked is not None:
+            keep = geometry.held(asked, layout=layout)[1:]
         plan = Plan.of([run], [keep], size, prompt, False)
         blocks, rows = 0, [prompt] * geometry.spans[0]
         for stage, (span, count) in enumerate(
@@ -257,15 +268,20 @@ def cost_of(text: Any, bytes_per_element: int, mlp_matrices: int = 3) -> Decoder
     )
 
 
-def tower_flops(geometry: Geometry, tower: Decoder, reduction: Reduction | None) -> int:
+def tower_flops(
+    geometry: Geometry, tower: Decoder, reduction: Reduction | None, layout: Layout
+) -> int:
     """Of all layers that run, with the tokens that each has before and behind its reduction."""
-    keep_after = dict(geometry.stages(reduction)) if reduction else {}
+    plans = geometry.parts(reduction, layout=layout) if reduction else []
     in_tower = reduction is not None and reduction.spec.place == "tower"
-    flops, left, cls = 0, geometry.tokens, int(geometry.has_cls)
-    for layer in range(geometry.layers):
-        flops += attention_flops(left + cls, tower)
-        left = keep_after.get(layer, left) if in_tower else left
-        flops += mlp_flops(left + cls, tower)
+    flops, cls = 0, int(geometry.has_cls)
+    for plan in plans or [None] * layout.inputs:
+        keep_after = dict(plan.stages) if plan and in_tower else {}
+        left = geometry.tokens
+        for layer in range(geometry.layers):
+            flops += attention_flops(left + cls, tower)
+            left = keep_after.get(layer, left)
+            flops += mlp_flops(left + cls, tower)
     return flops
 
 
@@ -282,14 +298,14 @@ def decode_bytes(rows: Sequence[int], decoder: Decoder, batch: int) -> int:
 
 
 def settings(
-    geometry: Geometry, methods: Sequence[str], budgets: Sequence[int]
+    geometry: Geometry, methods: Sequence[str], budgets: Sequence[int], layout: Layout
 ) -> Iterator[tuple[str, str, Reduction]]:
     """(name, engine, reduction) of everything that can be asked; what cannot be is printed."""
     for method in methods:
         for budget in budgets:
             reduction = Reduction(method=method, budget=budget)
             try:
-                geometry.kept(reduction)
+                geometry.kept(reduction, layout=layout)
             except SettingsError as error:
                 print(f"left out: {method}@{budget}: {error}")
                 continue
@@ -302,13 +318,14 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from tqdm import tqdm
     from transformers import AutoConfig
 
-    checkpoint(folder, *geometry(args.decoder))
+    checkpoint(folder, *geometry(args.decoder), is_tiled(args.decoder))
     config = AutoConfig.from_pretrained(folder)
     if not any(METHODS[method].decoder for method in args.methods):
         args.stages = []
     config.reduction_stages = args.stages
     places = geometry_of(config)
-    every = list(settings(places, args.methods, args.budgets))
+    image = layout(args.decoder, places.grid[0])
+    every = list(settings(places, args.methods, args.budgets, image))
     staged = any(engine == "staged" for _, engine, _ in every)
     asked: list[tuple[str, str, Reduction | None]] = [
         *([] if args.no_stock else [(STOCK, "stock", None)]),
@@ -318,6 +335,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ]
     command = [__file__, "--probe", str(folder), "--dtype", args.dtype]
     command += ["--batch", ",".join(map(str, args.batch)), *(["--eager"] if args.eager else [])]
+    command += ["--decoder", args.decoder]
     how: dict[str, tuple[list[str], str]] = {
         "stock": (["--stages", ""], ""),
         "ours": (["--stages", ""], "vllm_ficoco"),
@@ -340,7 +358,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "kv_cache_bytes_per_token": decoder.kv_bytes_per_token,
         },
         "tower_flops": {
-            name: tower_flops(places, tower, reduction) for name, _, reduction in asked
+            name: tower_flops(places, tower, reduction, image) for name, _, reduction in asked
         },
         "rounds": [],
     }
@@ -517,7 +535,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     environment()
     if args.probe:
-        serve(Probe(args.probe, args.dtype, args.stages, max(args.batch), args.eager))
+        tiled = is_tiled(args.decoder)
+        serve(Probe(args.probe, args.dtype, args.stages, max(args.batch), args.eager, tiled))
         return
     with tempfile.TemporaryDirectory() as folder:
         print("\n" + report(measure(args, Path(folder))))

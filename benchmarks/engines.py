@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ficoco.tiny_llava import CHECKPOINT as SHIPPED
+from vllm_ficoco.vision.layout import Layout, Window
 
 CLIP_L = {
     "hidden_size": 1024,
@@ -44,21 +45,51 @@ def decoder(layers: int, width: int, mlp: int, heads: int) -> dict[str, int]:
     }
 
 
+CUT_TOWER = {
+    **CLIP_L,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_attention_heads": 4,
+}
+"""As many patches and layers, a sixteenth of the weights: five tiles of the whole one take a CPU
+half a minute."""
+
 DECODERS = {
     "1b": decoder(20, 2048, 5504, 16),
     "llava-1.5-7b": decoder(32, 4096, 11008, 32),
     "llava-1.5-13b": decoder(40, 5120, 13824, 40),
+    "llava-next-cut": decoder(8, 1024, 2816, 8),
+    "llava-next-7b": decoder(32, 4096, 11008, 32),
 }
-"""Behind LLaVA-1.5's tower; the smallest is cut down for CPUs, where its prefill still takes most
-of the time to first token."""
+"""Behind LLaVA-1.5's tower, or LLaVA-NeXT's, which is the same and runs for every tile. Those that
+are cut down are for CPUs, where the prefill still takes most of the time to first token."""
+
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+"""LLaVA-NeXT's, heights and widths."""
+
+
+def is_tiled(name: str) -> bool:
+    """Whether one of :data:`DECODERS` stands behind tiles."""
+    return name.startswith("llava-next")
+
+
+def layout(name: str, side: int) -> Layout:
+    """Of the images of :func:`prompts`, behind a tower that makes side x side patches."""
+    grid = side, side
+    return (
+        Layout(grid, (2, 2), Window(0, 0, 2 * side, 2 * side)) if is_tiled(name) else Layout(grid)
+    )
 
 
 def geometry(name: str) -> tuple[dict[str, int], dict[str, int]]:
     """What :func:`checkpoint` needs for one of :data:`DECODERS`, or for the shipped model's own."""
-    return ({}, {}) if name == "shipped" else (CLIP_L, DECODERS[name])
+    tower = CUT_TOWER if name == "llava-next-cut" else CLIP_L
+    return ({}, {}) if name == "shipped" else (tower, DECODERS[name])
 
 
-def checkpoint(folder: Path, vision: dict[str, int], text: dict[str, int]) -> Path:
+def checkpoint(
+    folder: Path, vision: dict[str, int], text: dict[str, int], tiled: bool = False
+) -> Path:
     """A LLaVA of this geometry with the shipped model's few words, and no weights (vLLM's dummy
     loader makes some).
 
@@ -66,25 +97,45 @@ def checkpoint(folder: Path, vision: dict[str, int], text: dict[str, int]) -> Pa
         folder: where to write it.
         vision: what differs in the tower's configuration.
         text: in the decoder's.
+        tiled: LLaVA-NeXT, else LLaVA-1.5.
     """
     config = json.loads((SHIPPED / "config.json").read_text())
     config["vision_config"].update(vision)
     config["text_config"].update(text)
     side = config["vision_config"]["image_size"]
     config["image_seq_length"] = (side // config["vision_config"]["patch_size"]) ** 2
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
     processor = json.loads((SHIPPED / "processor_config.json").read_text())
     processor["image_processor"]["crop_size"] = {"height": side, "width": side}
     processor["image_processor"]["size"] = {"shortest_edge": side}
+    if tiled:
+        config["text_config"]["max_position_embeddings"] = 4096
+        config |= {
+            "model_type": "llava_next",
+            "architectures": ["LlavaNextForConditionalGeneration"],
+            "image_grid_pinpoints": PINPOINTS,
+        }
+        processor["processor_class"] = "LlavaNextProcessor"
+        processor["image_processor"] |= {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": PINPOINTS,
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "processor_config.json").write_text(json.dumps(processor))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(SHIPPED / name, folder)
     return folder
 
 
-def prompts(seed: int, count: int, words: int = 3) -> list[dict[str, Any]]:
-    """Requests with one unseen image each, so that no cache hides the prefill."""
+def prompts(seed: int, count: int, words: int = 3, side: int = 168) -> list[dict[str, Any]]:
+    """Requests with one unseen image each, so that no cache hides the prefill.
+
+    Args:
+        seed: of the images.
+        count: of requests.
+        words: of a question.
+        side: of an image, in pixels; 672 is 2 x 2 tiles in LLaVA-NeXT.
+    """
     import numpy as np
     from PIL import Image
 
@@ -94,7 +145,9 @@ def prompts(seed: int, count: int, words: int = 3) -> list[dict[str, Any]]:
         {
             "prompt": text,
             "multi_modal_data": {
-                "image": Image.fromarray(generator.integers(0, 255, (168, 168, 3), dtype=np.uint8))
+                "image": Image.fromarray(
+                    generator.integers(0, 255, (side, side, 3), dtype=np.uint8)
+                )
             },
         }
         for _ in range(count)
@@ -200,4 +253,4 @@ def cpu_name() -> str:
 
 if __name__ == "__main__":
     _, name, folder = sys.argv
-    checkpoint(Path(folder), *geometry(name))
+    checkpoint(Path(folder), *geometry(name), is_tiled(name))
