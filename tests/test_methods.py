@@ -63,6 +63,8 @@ MATRIX = [
     Row("topk"),
     Row("visionzip", [{}, {"contextual": 0.0}, {"contextual": 0.5}], counts=False),
     Row("prumerge", [{}, {"neighbours": 1}, {"neighbours": 3}], counts=False),
+    Row("globalcom2", [{}, {"attention": "probabilities"}]),
+    Row("hired", [{}, {"alpha": 0.2}]),
     Row("pooling", counts=False),
     Row("uniform"),
     Row("random", [{}, {"seed": 7}]),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ PLACE = {
     "topk": "output",
     "visionzip": "output",
     "prumerge": "output",
+    "globalcom2": "output",
+    "hired": "output",
     "pooling": "output",
     "uniform": "output",
     "random": "output",
@@ -51,6 +54,8 @@ DEFAULTS = {
     "ficoco-k": {"protect": 0.5},
     "visionzip": {"contextual": 5 / 32},
     "prumerge": {"neighbours": 32},
+    "globalcom2": {"attention": "logits", "temperature": 10.0},
+    "hired": {"alpha": 0.5},
     "random": {"seed": 0},
 }
 
@@ -386,6 +391,17 @@ def prumerge(image: Image, keep: int, neighbours: int) -> Reduced:
     return hidden, position, size
 
 
+def globalcom2(image: Image, keep: int, attention: str, temperature: float) -> Reduced:
+    """arXiv 2501.05179 on a thumbnail alone: the lowest score leaves."""
+    source = ranked([-a for a in image.of_cls(attention)])[: image.n - keep]
+    return kept(image, without(image.n, source))
+
+
+def hired(image: Image, keep: int, alpha: float) -> Reduced:
+    """arXiv 2408.10945 on a thumbnail alone: the lowest [CLS] attention leaves."""
+    return topk(image, keep)
+
+
 def pooling(image: Image, keep: int) -> Reduced:
     """The mean of every window, at the window's first place."""
     hidden, position, size = [], [], []
@@ -481,10 +497,211 @@ FUNCTIONS = {
     "topk": topk,
     "visionzip": visionzip,
     "prumerge": prumerge,
+    "globalcom2": globalcom2,
+    "hired": hired,
     "pooling": pooling,
     "uniform": uniform,
     "random": random,
 }
+
+
+# --- Images in tiles, methods that compare them -------------------------------------------------
+
+ACROSS = {"globalcom2", "hired"}
+"""Methods by which tiles share what they keep as one of them, or the thumbnail, says."""
+
+Places = tuple[int, int, int, int]
+"""A rectangle of a stitched grid: top, left, rows, columns."""
+
+
+def choose_among_parts(
+    method: str,
+    options: dict,
+    first: Sequence[tuple[Tensor, Tensor]],
+    last: Sequence[tuple[Tensor, Tensor]],
+    scale: float,
+    has_cls: bool,
+    grid: tuple[int, int],
+    tiles: tuple[int, int],
+    window: Places,
+    patches: int,
+) -> list[list[int]]:
+    """The places that stay of every part of one image, in raster order of the part's whole grid.
+
+    Args:
+        method: one of :data:`ACROSS`.
+        options: those that differ from :data:`DEFAULTS`.
+        first: of the thumbnail and of every tile in raster order, query and key (H, m, d) of the
+            tower's first layer, over the whole grid.
+        last: the same of the last layer that runs.
+        scale: factor of the products.
+        has_cls: whether [CLS] comes first.
+        grid: rows and columns of every part.
+        tiles: rows and columns of tiles.
+        window: what of the stitched tiles is the image.
+        patches: how many stay of all parts together, newlines not counted.
+    """
+    chosen = {**DEFAULTS[method], **options}
+    tile_windows = [
+        inside_tile(window, grid, row, column)
+        for row in range(tiles[0])
+        for column in range(tiles[1])
+    ]
+    sizes = [len(places) for places in tile_windows]
+    n = grid[0] * grid[1]
+    shown = [
+        shown_of_thumbnail(window, grid, row, column)
+        for row in range(tiles[0])
+        for column in range(tiles[1])
+    ]
+
+    def of_cls(part: tuple[Tensor, Tensor], kind: str = "probabilities") -> list[float]:
+        blank = [torch.zeros(1, dtype=torch.float64)] * n
+        return Image(
+            blank, *part, scale, has_cls, grid, range(n), [1.0] * n, torch.zeros(0)
+        ).of_cls(kind)
+
+    if method == "globalcom2":
+        score = [of_cls(part, chosen["attention"]) for part in last]
+        whole = by_largest_remainder([Fraction(n), Fraction(sum(sizes))], [n, sum(sizes)], patches)[
+            0
+        ]
+        there = [i for i, size in enumerate(sizes) if size]
+        seen = {}
+        for i in there:
+            # The mean over the region times the patches that an equal region would have.
+            total = sum(float(part) * score[0][place] for place, part in shown[i].items())
+            region = float(sum(shown[i].values()))
+            seen[i] = total / region * (n / len(there)) / chosen["temperature"]
+        weights = [Fraction(0)] * len(sizes)
+        for i in there:
+            softmax = 1 / sum(math.exp(seen[j] - seen[i]) for j in there)
+            weights[i] = Fraction(sizes[i] * (1 + softmax - 1 / len(there)))
+        ranking = [score[0]]
+        for i, (row, column) in enumerate(
+            (row, column) for row in range(tiles[0]) for column in range(tiles[1])
+        ):
+            places = tile_windows[i]
+            own = unit([score[1 + i][place] for place in places])
+            commander = unit(
+                [
+                    interpolated(
+                        score[0],
+                        grid,
+                        row * grid[0] + place // grid[1] - window[0],
+                        column * grid[1] + place % grid[1] - window[1],
+                        window[2:],
+                    )
+                    for place in places
+                ]
+            )
+            ranking.append([a + b for a, b in zip(own, commander, strict=True)])
+    else:
+        alpha = chosen["alpha"]
+        whole = min(math.floor(patches * alpha), n)
+        whole = max(whole, patches - sum(sizes))
+        top = set(ranked(of_cls(first[0]))[: math.floor(n * (1 - alpha))])
+        weights = [
+            sum((part for place, part in region.items() if place in top), start=Fraction(0))
+            for region in shown
+        ]
+        ranking = [of_cls(last[0])]
+        for part, places in zip(last[1:], tile_windows, strict=True):
+            score_of_tile = of_cls(part)
+            ranking.append([score_of_tile[place] for place in places])
+    shares = [whole, *by_largest_remainder(weights, sizes, patches - whole)]
+    return [
+        sorted(places[k] for k in ranked(score)[:share])
+        for places, score, share in zip(
+            [list(range(n)), *tile_windows], ranking, shares, strict=True
+        )
+    ]
+
+
+def inside_tile(window: Places, grid: tuple[int, int], row: int, column: int) -> list[int]:
+    """The places of a tile that are the image."""
+    top, left, height, width = window
+    return [
+        y * grid[1] + x
+        for y in range(grid[0])
+        for x in range(grid[1])
+        if top <= row * grid[0] + y < top + height and left <= column * grid[1] + x < left + width
+    ]
+
+
+def shown_of_thumbnail(
+    window: Places, grid: tuple[int, int], row: int, column: int
+) -> dict[int, Fraction]:
+    """What share of every place of the thumbnail lies in a tile.
+
+    The thumbnail is the window stretched to the grid: its row y is what in the window lies from
+    y / rows to (y + 1) / rows of its height.
+    """
+    top, left, height, width = window
+
+    def along(place: int, side: int, length: int, start: int, tile: int) -> Fraction:
+        begin = start + Fraction(place * length, side)
+        end = start + Fraction((place + 1) * length, side)
+        common = min(end, (tile + 1) * side) - max(begin, tile * side)
+        return max(common, Fraction(0)) / (end - begin) if end > begin else Fraction(0)
+
+    return {
+        y * grid[1] + x: along(y, grid[0], height, top, row) * along(x, grid[1], width, left, column)
+        for y in range(grid[0])
+        for x in range(grid[1])
+    }
+
+
+def interpolated(
+    values: list[float], grid: tuple[int, int], row: int, column: int, size: Sequence[int]
+) -> float:
+    """A grid of values stretched to a size, bilinearly, at a place: pixel centres are matched."""
+
+    def between(place: int, side: int, length: int) -> tuple[int, int, float]:
+        at = max((place + 0.5) * side / length - 0.5, 0.0)
+        low = min(math.floor(at), side - 1)
+        return low, min(low + 1, side - 1), at - low
+
+    top, bottom, down = between(row, grid[0], size[0])
+    left, right, across = between(column, grid[1], size[1])
+    upper = (1 - across) * values[top * grid[1] + left] + across * values[top * grid[1] + right]
+    lower = (1 - across) * values[bottom * grid[1] + left] + across * values[bottom * grid[1] + right]
+    return (1 - down) * upper + down * lower
+
+
+def by_largest_remainder(
+    weights: Sequence[Fraction], room: Sequence[int], total: int
+) -> list[int]:
+    """Whole numbers that sum to the total, in proportion to weights, none above its room.
+
+    Who cannot hold its part is filled, and what it cannot hold goes to the others in proportion;
+    where these have no weight, by their room. Of what is not whole, everybody gets the whole part
+    and then, one by one, those with the largest fractions one more, among equals the first.
+    """
+    part = [Fraction(0)] * len(room)
+    still = set(range(len(room)))
+    left = Fraction(total)
+    while still and left:
+        pull = {i: Fraction(weights[i]) for i in still}
+        if not any(pull.values()):
+            pull = {i: Fraction(room[i]) for i in still}
+        everything = sum(pull.values())
+        if not everything:
+            break
+        full = [i for i in still if left * pull[i] / everything >= room[i]]
+        if not full:
+            for i in still:
+                part[i] = left * pull[i] / everything
+            break
+        for i in full:
+            part[i] = Fraction(room[i])
+        left -= sum(room[i] for i in full)
+        still -= set(full)
+    shares = [math.floor(x) for x in part]
+    fractions = [float(part[i] - shares[i]) for i in range(len(part))]
+    for i in ranked(fractions)[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
 # --- Schedules ----------------------------------------------------------------------------------

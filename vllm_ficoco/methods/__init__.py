@@ -11,6 +11,8 @@ from vllm_ficoco.methods.ficoco_k import FICOCO_K
 from vllm_ficoco.methods.ficoco_l import FICOCO_L
 from vllm_ficoco.methods.ficoco_v import FICOCO_V
 from vllm_ficoco.methods.ficoco_vl import FICOCO_VL
+from vllm_ficoco.methods.globalcom2 import GLOBALCOM2
+from vllm_ficoco.methods.hired import HIRED
 from vllm_ficoco.methods.k_norm import K_NORM
 from vllm_ficoco.methods.none import NONE
 from vllm_ficoco.methods.paradigm import Evidence, Method, Options, Tokens
@@ -38,6 +40,8 @@ METHODS: dict[str, Method] = {
         TOPK,
         VISIONZIP,
         PRUMERGE,
+        GLOBALCOM2,
+        HIRED,
         POOLING,
         UNIFORM,
         RANDOM,
