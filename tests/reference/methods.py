@@ -646,7 +646,8 @@ def shown_of_thumbnail(
         return max(common, Fraction(0)) / (end - begin) if end > begin else Fraction(0)
 
     return {
-        y * grid[1] + x: along(y, grid[0], height, top, row) * along(x, grid[1], width, left, column)
+        y * grid[1] + x: along(y, grid[0], height, top, row)
+        * along(x, grid[1], width, left, column)
         for y in range(grid[0])
         for x in range(grid[1])
     }
@@ -665,13 +666,13 @@ def interpolated(
     top, bottom, down = between(row, grid[0], size[0])
     left, right, across = between(column, grid[1], size[1])
     upper = (1 - across) * values[top * grid[1] + left] + across * values[top * grid[1] + right]
-    lower = (1 - across) * values[bottom * grid[1] + left] + across * values[bottom * grid[1] + right]
+    lower = (1 - across) * values[bottom * grid[1] + left] + across * values[
+        bottom * grid[1] + right
+    ]
     return (1 - down) * upper + down * lower
 
 
-def by_largest_remainder(
-    weights: Sequence[Fraction], room: Sequence[int], total: int
-) -> list[int]:
+def by_largest_remainder(weights: Sequence[Fraction], room: Sequence[int], total: int) -> list[int]:
     """Whole numbers that sum to the total, in proportion to weights, none above its room.
 
     Who cannot hold its part is filled, and what it cannot hold goes to the others in proportion;

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_ficoco.methods import Evidence, Tokens
+from vllm_ficoco.methods.parts import Parts
 from vllm_ficoco.schedule import Stage
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.geometry import Geometry, PartPlan
@@ -114,8 +115,6 @@ class ReducingTower:
         Returns:
             (kept, D) before the projector, and (kept,) places, counted part after part.
         """
-        from vllm_ficoco.methods.parts import Parts
-
         method, options = reduction.spec, reduction.parsed_options()
         across, first = method.across, int(self.geometry.has_cls)
         assert across is not None
