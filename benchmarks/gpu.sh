@@ -4,6 +4,8 @@
 #
 #   . .venv/bin/activate && benchmarks/gpu.sh     # into reports/gpu
 #   DECODER=llava-1.5-13b benchmarks/gpu.sh
+#   DECODER=llava-next-7b FULL=2928 BUDGETS=640,320,160 IMAGE_SIZE=672 CONTEXT=3072 \
+#     METHODS=ficoco-v,topk,globalcom2,hired,fastv benchmarks/gpu.sh engine server
 #   benchmarks/gpu.sh tests                       # or engine, or server: one part
 #
 # Leaves budgets.json (the engine), loadtest/runs.jsonl (the server under load), their tables, and
@@ -18,6 +20,7 @@ DTYPE=${DTYPE:-bfloat16}
 BUDGETS=${BUDGETS:-192,128,64}
 FULL=${FULL:-576}
 IMAGE_SIZE=${IMAGE_SIZE:-336}
+CONTEXT=${CONTEXT:-1024}
 STAGES=${STAGES:-2,8,22}
 METHODS=${METHODS:-ficoco-v,ficoco-k,tome,topk,fastv,ficoco-vl}
 BATCHES=${BATCHES:-1,8}
@@ -56,7 +59,7 @@ if [[ $parts == *" server "* ]]; then
   python benchmarks/engines.py "$DECODER" "$OUT/model" || failed+=(model)
   # shellcheck disable=SC2086  # flags are words
   vllm-ficoco serve "$OUT/model" --load-format dummy --dtype "$DTYPE" --port "$PORT" \
-    --max-model-len 1024 --no-enable-prefix-caching $SERVER_FLAGS >"$OUT/server.log" 2>&1 &
+    --max-model-len "$CONTEXT" --no-enable-prefix-caching $SERVER_FLAGS >"$OUT/server.log" 2>&1 &
   server=$!
   for _ in $(seq 200); do
     curl --silent --fail "http://127.0.0.1:$PORT/health" >/dev/null && break
