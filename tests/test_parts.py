@@ -422,8 +422,8 @@ def test_the_tile_with_something_to_see_keeps_more(seen: Evidence) -> None:
     """On scenes in one corner of an empty picture; in which corner does not matter."""
     share = of_that_tile(seen)
     more = (share > 1).sum(0)
-    assert (more >= 16).all(), (more, share.mean(0))
-    assert (share.mean(0) > 1.25).all(), share.mean(0)
+    assert (more >= 14).all(), (more, share.mean(0))
+    assert (share.mean(0) > 1.2).all(), share.mean(0)
     assert (share.mean(1) > 1).all(), share.mean(1)
 
 
@@ -434,5 +434,5 @@ def test_it_is_what_the_thumbnail_sees(seen: Evidence) -> None:
         order = torch.randperm(144, generator=torch.Generator().manual_seed(thumbnail))
         key[thumbnail, :, 1:] = key[thumbnail, :, 1:][:, order]
     share = of_that_tile(replace(seen, key=key))
-    assert ((share > 1).sum(0) <= 14).all()
-    assert (share.mean(0) - 1).abs().max() < 0.15
+    assert ((share > 1).sum(0) <= 12).all()
+    assert (share.mean(0) - 1).abs().max() < 0.1
