@@ -542,80 +542,52 @@ def choose_among_parts(
         patches: how many stay of all parts together, newlines not counted.
     """
     chosen = {**DEFAULTS[method], **options}
-    tile_windows = [
-        inside_tile(window, grid, row, column)
-        for row in range(tiles[0])
-        for column in range(tiles[1])
-    ]
-    sizes = [len(places) for places in tile_windows]
+    every = [(row, column) for row in range(tiles[0]) for column in range(tiles[1])]
+    inside = [inside_tile(window, grid, *tile) for tile in every]
+    shown = [shown_of_thumbnail(window, grid, *tile) for tile in every]
+    sizes = [len(places) for places in inside]
     n = grid[0] * grid[1]
-    shown = [
-        shown_of_thumbnail(window, grid, row, column)
-        for row in range(tiles[0])
-        for column in range(tiles[1])
-    ]
 
     def of_cls(part: tuple[Tensor, Tensor], kind: str = "probabilities") -> list[float]:
-        blank = [torch.zeros(1, dtype=torch.float64)] * n
-        return Image(
-            blank, *part, scale, has_cls, grid, range(n), [1.0] * n, torch.zeros(0)
-        ).of_cls(kind)
+        blank, none = [torch.zeros(1)] * n, torch.zeros(0)
+        image = Image(blank, *part, scale, has_cls, grid, range(n), [1.0] * n, none)
+        return image.of_cls(kind)
 
     if method == "globalcom2":
-        score = [of_cls(part, chosen["attention"]) for part in last]
-        whole = by_largest_remainder([Fraction(n), Fraction(sum(sizes))], [n, sum(sizes)], patches)[
-            0
-        ]
+        score, *own = (of_cls(part, chosen["attention"]) for part in last)
+        # The thumbnail's part of the patches; of half a patch that both claim, it is the first.
+        whole = by_largest_remainder([n, sum(sizes)], [n, sum(sizes)], patches)[0]
         there = [i for i, size in enumerate(sizes) if size]
         seen = {}
         for i in there:
             # The mean over the region times the patches that an equal region would have.
-            total = sum(float(part) * score[0][place] for place, part in shown[i].items())
-            region = float(sum(shown[i].values()))
-            seen[i] = total / region * (n / len(there)) / chosen["temperature"]
-        weights = [Fraction(0)] * len(sizes)
+            total = sum(float(part) * score[place] for place, part in shown[i].items())
+            mean = total / float(sum(shown[i].values()))
+            seen[i] = mean * n / len(there) / chosen["temperature"]
+        weights = [0.0] * len(sizes)
         for i in there:
             softmax = 1 / sum(math.exp(seen[j] - seen[i]) for j in there)
-            weights[i] = Fraction(sizes[i] * (1 + softmax - 1 / len(there)))
-        ranking = [score[0]]
-        for i, (row, column) in enumerate(
-            (row, column) for row in range(tiles[0]) for column in range(tiles[1])
-        ):
-            places = tile_windows[i]
-            own = unit([score[1 + i][place] for place in places])
-            commander = unit(
-                [
-                    interpolated(
-                        score[0],
-                        grid,
-                        row * grid[0] + place // grid[1] - window[0],
-                        column * grid[1] + place % grid[1] - window[1],
-                        window[2:],
-                    )
-                    for place in places
-                ]
-            )
-            ranking.append([a + b for a, b in zip(own, commander, strict=True)])
+            weights[i] = sizes[i] * (1 + softmax - 1 / len(there))
+        ranking = [score]
+        for i, (row, column) in enumerate(every):
+            top, left = row * grid[0] - window[0], column * grid[1] - window[1]
+            commander = [
+                interpolated(score, grid, top + p // grid[1], left + p % grid[1], window[2:])
+                for p in inside[i]
+            ]
+            pairs = zip(unit([own[i][p] for p in inside[i]]), unit(commander), strict=True)
+            ranking.append([a + b for a, b in pairs])
     else:
         alpha = chosen["alpha"]
         whole = min(math.floor(patches * alpha), n)
         whole = max(whole, patches - sum(sizes))
-        top = set(ranked(of_cls(first[0]))[: math.floor(n * (1 - alpha))])
-        weights = [
-            sum((part for place, part in region.items() if place in top), start=Fraction(0))
-            for region in shown
-        ]
-        ranking = [of_cls(last[0])]
-        for part, places in zip(last[1:], tile_windows, strict=True):
-            score_of_tile = of_cls(part)
-            ranking.append([score_of_tile[place] for place in places])
+        looked_at = ranked(of_cls(first[0]))[: math.floor(n * (1 - alpha))]
+        weights = [sum(region[place] for place in looked_at) for region in shown]
+        score, *own = (of_cls(part) for part in last)
+        ranking = [score, *([own[i][p] for p in places] for i, places in enumerate(inside))]
     shares = [whole, *by_largest_remainder(weights, sizes, patches - whole)]
-    return [
-        sorted(places[k] for k in ranked(score)[:share])
-        for places, score, share in zip(
-            [list(range(n)), *tile_windows], ranking, shares, strict=True
-        )
-    ]
+    parts = zip([range(n), *inside], ranking, shares, strict=True)
+    return [sorted(places[k] for k in ranked(score)[:share]) for places, score, share in parts]
 
 
 def inside_tile(window: Places, grid: tuple[int, int], row: int, column: int) -> list[int]:
@@ -672,12 +644,13 @@ def interpolated(
     return (1 - down) * upper + down * lower
 
 
-def by_largest_remainder(weights: Sequence[Fraction], room: Sequence[int], total: int) -> list[int]:
+def by_largest_remainder(weights: Sequence[float], room: Sequence[int], total: int) -> list[int]:
     """Whole numbers that sum to the total, in proportion to weights, none above its room.
 
     Who cannot hold its part is filled, and what it cannot hold goes to the others in proportion;
     where these have no weight, by their room. Of what is not whole, everybody gets the whole part
-    and then, one by one, those with the largest fractions one more, among equals the first.
+    and then, one by one, those with the largest fractions one more, among equals (to a millionth)
+    the first.
     """
     part = [Fraction(0)] * len(room)
     still = set(range(len(room)))
@@ -699,7 +672,7 @@ def by_largest_remainder(weights: Sequence[Fraction], room: Sequence[int], total
         left -= sum(room[i] for i in full)
         still -= set(full)
     shares = [math.floor(x) for x in part]
-    fractions = [float(part[i] - shares[i]) for i in range(len(part))]
+    fractions = [round(float(x - share), 6) for x, share in zip(part, shares, strict=True)]
     for i in ranked(fractions)[: total - sum(shares)]:
         shares[i] += 1
     return shares

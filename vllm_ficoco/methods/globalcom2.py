@@ -15,14 +15,14 @@ likewise) is highest.
 
 An image that goes through the tower as it is has a thumbnail alone: Top-K of the score.
 
-Deviations: the total is the budget exactly. All tiles together keep the budget less the
-thumbnail's share; they share it in proportion to their patches times r_i, by largest remainder
-where the paper rounds down, and what a full tile cannot hold goes to the others, where the paper
-leaves it out. Tiles have equal regions there. Here regions are what the tiles show of the image,
-padding apart, so they differ in size: s_i is the mean over the region times the size of an equal
-one; a tile of padding alone is none. The thumbnail's tokens stay in raster order (authors' code:
-by descending score). Newlines are an option (authors' code: those of all rows stay, of padding
-too). The layer is the last one that runs, of CLIP the 23rd (paper: the 24th).
+Deviations from the authors' code: the total is the budget exactly. All tiles together keep the
+budget less the thumbnail's share; they share it in proportion to their patches times r_i, by
+largest remainder (theirs: rounded down), and what a full tile cannot hold goes to the others
+(theirs: nowhere). Their tiles have equal regions. Here regions are what the tiles show of the
+image, padding apart, so they differ in size: s_i is the mean over the region times the size of an
+equal one; a tile of padding alone is none. The thumbnail's tokens stay in raster order (theirs: by
+descending score). Newlines are an option (theirs: those of all rows stay, of padding too). The
+layer is the last one that runs, of CLIP the 23rd (theirs: the 24th).
 Without [CLS], the attention that a patch receives on average takes its place.
 """
 

@@ -85,8 +85,8 @@ class Parts:
     def _overlap(self, axis: int, start: int, length: int) -> Tensor:
         """(tiles, places) along an axis: what share of a place of the thumbnail a tile shows."""
         side, tiles = self.layout.grid[axis], self.layout.tiles[axis]
-        edge = (torch.arange(tiles + 1, device=self._device) * side).clamp(start, start + length)
-        edge = (edge - start).double() * side / max(length, 1)  # in places of the thumbnail
+        edge = torch.arange(tiles + 1, device=self._device) * side - start
+        edge = edge.double() * side / max(length, 1)  # in places of the thumbnail
         place = torch.arange(side, device=self._device)
         shown = torch.minimum(edge[1:, None], place + 1) - torch.maximum(edge[:-1, None], place)
         return shown.clamp(min=0)
