@@ -98,8 +98,8 @@ def mixes(args: argparse.Namespace, visual_tokens: int) -> list[Mix]:
     return [Mix(((setting, 1.0),)) for setting in dict.fromkeys(settings)] + mixed
 
 
-async def about(http: httpx.AsyncClient) -> dict[str, Any]:
-    """What the server is."""
+async def about(http: httpx.AsyncClient, side: int) -> dict[str, Any]:
+    """What the server is, and how many visual tokens it makes of images of so many pixels."""
     answers = {}
     for name, path in (("reduction", "/v1/reduction"), ("version", "/version")):
         answer = await http.get(path)
@@ -109,15 +109,25 @@ async def about(http: httpx.AsyncClient) -> dict[str, Any]:
     model = answers["reduction"]["model"]
     if not model["supported"]:
         raise SystemExit(f"the server cannot reduce visual tokens: {model['reason']}")
+    fixed = model["layout"] == "fixed"
     return {
         "model": model["id"],
-        "visual_tokens": model["visual_tokens"],
+        "visual_tokens": model["visual_tokens"] if fixed else await tokens_of(http, side),
         "decoder_stages": model["decoder_stages"],
         "kv_block_size": model["kv_block_size"],
         "in_decoder": [m["name"] for m in answers["reduction"]["methods"] if m["decoder_stages"]],
         "kv_cache_bytes_per_token": model["kv_cache_bytes_per_token"],
         "vllm": answers["version"]["version"],
     }
+
+
+async def tokens_of(http: httpx.AsyncClient, side: int) -> int:
+    """How many visual tokens an image has, by the report of a request with one."""
+    body = {"messages": messages(Setting("any"), side, [time.time_ns()]), "max_tokens": 1}
+    answer = await http.post("/v1/chat/completions", json=body)
+    answer.raise_for_status()
+    tokens: int = answer.json()["reduction"]["visual_tokens_before"]
+    return tokens
 
 
 async def disconnect(http: httpx.AsyncClient, model: str, mix: Mix, side: int, rate: float) -> None:
@@ -237,7 +247,7 @@ async def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "runs.jsonl"
     async with client(args.base_url) as http:
-        server = await about(http)
+        server = await about(http, args.image_size)
         if args.model:
             server["model"] = args.model
         conditions = {

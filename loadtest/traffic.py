@@ -92,16 +92,18 @@ class Mix(NamedTuple):
         return drawn
 
 
-def image(side: int, seed: int | Sequence[int]) -> str:
+def image(side: int | tuple[int, int], seed: int | Sequence[int]) -> str:
     """A picture of coloured squares, as a data URL; another one for every seed.
 
     Args:
-        side: pixels.
+        side: pixels; or width and height.
         seed: of the squares.
     """
-    squares = np.random.default_rng(seed).integers(0, 255, (side // 14, side // 14, 3), np.uint8)
+    width, height = (side, side) if isinstance(side, int) else side
+    shape = (max(height // 14, 1), max(width // 14, 1), 3)
+    squares = np.random.default_rng(seed).integers(0, 255, shape, np.uint8)
     file = io.BytesIO()
-    Image.fromarray(squares).resize((side, side), Image.Resampling.NEAREST).save(file, "PNG")
+    Image.fromarray(squares).resize((width, height), Image.Resampling.NEAREST).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 

@@ -237,13 +237,23 @@ class ShareOfTokens(Reduction):
     most: int | None = None
     """and not more than this."""
 
-    def for_tokens(self, tokens: int) -> Reduction | None:
-        budget = max(tokens // self.share, self.least)
-        settled = Reduction(
-            method=self.method,
-            budget=min(budget, self.most or budget),
-            options=self.options,
+    def with_method(self, method: str, options: Mapping[str, Any]) -> ShareOfTokens:
+        """The same share by another method."""
+        return ShareOfTokens(
+            method=method,
+            options=dict(options),
+            share=self.share,
+            least=self.least,
+            most=self.most,
         )
+
+    def count(self, tokens: int) -> int:
+        """The budget of an image of so many visual tokens."""
+        budget = max(tokens // self.share, self.least)
+        return min(budget, self.most or budget)
+
+    def for_tokens(self, tokens: int) -> Reduction | None:
+        settled = Reduction(method=self.method, budget=self.count(tokens), options=self.options)
         return settled.for_tokens(tokens)
 
 

@@ -20,14 +20,19 @@ from vllm_ficoco.settings import (
     NO_REDUCTION,
     Reduction,
     SettingsError,
+    ShareOfTokens,
 )
-from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel
+from vllm_ficoco.vision.geometry import Geometry
+from vllm_ficoco.vision.layout import Layout
 
 # Not VLLM_FICOCO_: that prefix is vLLM's own, it warns about every name in it that it does not
 # know, and refuses to start with --fail-on-environ-validation.
 ENVIRONMENT_PREFIX = "FICOCO_"
 
 BY_POLICY = "by this server's policy"
+
+LOW_SHARE = 9
+"""``detail: low`` is the number of an image's tokens divided by this, where nothing was set."""
 
 
 class PolicyError(ValueError):
@@ -49,7 +54,7 @@ class Policy(BaseModel):
     methods: tuple[str, ...] = tuple(METHODS)
     """What requests may name. ``none`` is always among them, within ``max_budget``."""
     low_budget: int | None = None
-    """Budget of ``detail: low``; by default a ninth of the model's visual tokens."""
+    """Budget of ``detail: low``; by default a ninth of the image's visual tokens."""
     high_budget: int | None = None
     """Budget of ``detail: high``; by default no reduction."""
 
@@ -112,26 +117,36 @@ class Policy(BaseModel):
                     f"server's own limits, {self.min_budget} to {limit}"
                 )
 
-    def check_model(self, geometry: Geometry | UnsupportedModel) -> None:
+    def check_model(self, geometry: Geometry, largest: Layout | None = None) -> None:
         """Whether the model can do what the server's defaults say.
+
+        Args:
+            geometry: the model's.
+            largest: of the image with most tokens; by default the one that all images have.
 
         Raises:
             PolicyError: why not.
         """
-        if isinstance(geometry, UnsupportedModel):
+        if geometry.unsupported:
             if self.default_budget is not None:
                 raise PolicyError(
-                    f"a default or largest budget cannot be kept with this model: {geometry}"
+                    "a default or largest budget cannot be kept with this model: "
+                    f"{geometry.unsupported}"
                 )
             return
+        layout = largest or geometry.layout
+        low = self.low(geometry)
+        if isinstance(low, ShareOfTokens):
+            low = low.count(layout.tokens)
         for name, budget in (
             ("default_budget", self.default_budget),
-            ("low_budget", self.low(geometry)),
+            ("low_budget", low),
             ("high_budget", self.high()),
         ):
             try:
                 if budget is not None:
-                    geometry.stages(Reduction(method=self.default_method, budget=budget))
+                    reduction = Reduction(method=self.default_method, budget=budget)
+                    geometry.stages(reduction, layout=layout)
             except SettingsError as error:
                 raise PolicyError(
                     f"the {name.replace('_', ' ')} {budget} ({_names(name)}) does not go with the "
@@ -139,10 +154,15 @@ class Policy(BaseModel):
                     f"{error.allowed}"
                 ) from None
 
-    def low(self, geometry: Geometry) -> int:
-        """Budget of ``detail: low``."""
-        budget = max(geometry.tokens // 9, self.min_budget)
-        return self.low_budget or min(budget, self.max_budget or budget)
+    def low(self, geometry: Geometry) -> int | ShareOfTokens:
+        """Budget of ``detail: low``; a share, where an image's tokens depend on its size."""
+        share = ShareOfTokens(
+            method=self.default_method,
+            share=LOW_SHARE,
+            least=self.min_budget,
+            most=self.max_budget,
+        )
+        return self.low_budget or (share if geometry.by_image else share.count(geometry.tokens))
 
     def high(self) -> int | None:
         """Budget of ``detail: high``; None for no reduction."""

@@ -16,7 +16,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from ficoco_server.metrics import Observation
-from ficoco_server.resolve import DETAIL_KEY, Level, detail_of
+from ficoco_server.resolve import DETAIL_KEY, Level, Settled, detail_of
 from vllm_ficoco.settings import BUDGET_KEY, REDUCTION_KEY, SettingsError
 
 OUR_KEYS = (BUDGET_KEY, REDUCTION_KEY)
@@ -55,6 +55,7 @@ class ReductionFields(BaseModel):
     )
 
     _asked: Asked = PrivateAttr(default=Asked())
+    _settled: list[Settled] = PrivateAttr(default_factory=list)
     _seen: Observation = PrivateAttr(default_factory=Observation)
     _report: dict[str, Any] | None = PrivateAttr(default=None)
 

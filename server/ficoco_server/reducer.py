@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -15,28 +16,37 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from ficoco_server.metrics import INVALID, MIXED, Prefilled
 from ficoco_server.policy import Policy
 from ficoco_server.protocol import ReductionFields, count_images
-from ficoco_server.resolve import Level, settle
+from ficoco_server.resolve import Level, as_written, fit, settled
 from vllm_ficoco import schedule
 from vllm_ficoco.cost import Decoder, prefill_flops_ratio
 from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.engine.gaps import Run, held_of
 from vllm_ficoco.methods import METHODS
+from vllm_ficoco.models.processing import COUNTS_KEY, RefusedImage
 from vllm_ficoco.plugin import MODELS
-from vllm_ficoco.settings import NO_REDUCTION, Reduction, SettingsError
+from vllm_ficoco.settings import NO_REDUCTION, Reduction, SettingsError, ShareOfTokens
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
+from vllm_ficoco.vision.layout import Layout
 
 
 class Reducer:
     """What is known at the start: the policy, the model's geometry and what a token costs."""
 
-    def __init__(self, vllm_config: Any, policy: Policy) -> None:
+    def __init__(self, vllm_config: Any, policy: Policy, processor: Any) -> None:
+        """
+        Args:
+            vllm_config: of the server.
+            policy: of the server.
+            processor: the model's, of vLLM's renderer; None where it takes no images.
+
+        Raises:
+            PolicyError: the model cannot do what the policy says.
+        """
         model = vllm_config.model_config
-        self.policy = policy
+        self.policy, self.processor = policy, processor
         self.model_name = model.served_model_name
         self.block_size = vllm_config.cache_config.block_size
-        self.encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self.context: int = model.max_model_len
-        self.geometry: Geometry | UnsupportedModel
         try:
             if model.architecture not in MODELS:
                 raise UnsupportedModel(
@@ -45,12 +55,30 @@ class Reducer:
                 )
             self.geometry = geometry_of(model.hf_config)
         except UnsupportedModel as error:
-            self.geometry = error
+            self.geometry = Geometry.none(str(error))
         multimodal = model.multimodal_config
         self.shared_memory = multimodal and multimodal.mm_processor_cache_type == "shm"
         vision = getattr(model.hf_config, "vision_config", None)
         self.image_size: int = getattr(vision, "image_size", 0)
-        policy.check_model(self.geometry)
+        """Pixels of a side of what the tower takes in: an image, or a tile of it."""
+        if self.geometry.by_image and processor is None:
+            self.geometry = Geometry.none("this server takes no images")
+        self.largest: Layout | None = None
+        """Of the image that has most tokens; None where nothing can be reduced."""
+        self.most_inputs = 1
+        """Thumbnail and tiles of the image that has most."""
+        if self.geometry.by_image:
+            self.largest = processor.largest_layout
+            pinpoints = model.hf_config.image_grid_pinpoints
+            self.most_inputs = max(processor.layout_of(w, h).inputs for h, w in pinpoints)
+        elif not self.geometry.unsupported:
+            self.largest = self.geometry.layout
+        self.encoder_tokens: int = max(  # as vLLM: of one image there is always room
+            vllm_config.scheduler_config.max_num_encoder_input_tokens,
+            self.largest.tokens if self.largest else 0,
+        )
+        """Visual tokens that a step may put through the tower."""
+        policy.check_model(self.geometry, self.largest)
         cache_dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
         text = model.hf_text_config
         # Of the whole model, however many ranks share it. Types below a byte count as one.
@@ -79,15 +107,47 @@ class Reducer:
             self._refuse_hidden(request)
             images = request._asked.images
             earlier = max(count_images(messages) - len(images), 0)
-            settings = settle(
+            request._settled = settled(
                 self.policy, request.level, [Level()] * earlier + [*images], self.geometry
             )
-            if any(r and r.spec.decoder for r in settings):
-                _refuse_prompt_logprobs(request)
+            settings = [image.reduction for image in request._settled]
+            if not self.geometry.by_image:
+                _refuse_whole_prompts(request, settings)
             return settings
         except SettingsError as error:
-            request._seen.method = INVALID
-            raise VLLMValidationError(str(error), parameter=error.field) from None
+            raise _refusal(request, error) from None
+
+    def fit(self, request: ReductionFields, engine_input: Any) -> list[Reduction | None]:
+        """The settings of every image, once the prompt is rendered and their sizes are known.
+
+        Raises:
+            VLLMValidationError: those of an image cannot be used.
+        """
+        images = request._settled
+        if not self.geometry.by_image:
+            return [image.reduction for image in images]  # that was seen to at once
+        try:
+            settings = [
+                packed.layout and fit(self.policy, image, self.geometry, packed.layout)
+                for image, packed in zip(images, engine_input.get(COUNTS_KEY, ()), strict=False)
+            ]
+            _refuse_whole_prompts(request, settings)
+            return settings
+        except SettingsError as error:
+            raise _refusal(request, error) from None
+
+    @staticmethod
+    def refused(request: ReductionFields, refused: RefusedImage) -> VLLMValidationError:
+        """What the processor says of an image's settings, in the words of its client."""
+        return _refusal(request, as_written(request._settled[refused.image], refused.error))
+
+    def _layouts(self, embeds: Sequence[bool], engine_input: Any) -> list[Layout | None]:
+        """Of every image; None for embeddings, and where nothing can be reduced."""
+        if self.geometry.unsupported:
+            return [None] * len(embeds)
+        if self.geometry.by_image:
+            return [packed.layout for packed in engine_input.get(COUNTS_KEY, ())]
+        return [None if given else self.geometry.layout for given in embeds]
 
     @staticmethod
     def _refuse_hidden(request: ReductionFields) -> None:
@@ -115,15 +175,15 @@ class Reducer:
         places = (engine_input.get("mm_placeholders") or {}).get("image", [])
         visual = sum(place.length for place in places)
         whole = sum(place.length for place, given in zip(places, embeds, strict=False) if given)
-        images = len(places) - sum(embeds)
+        layouts = [layout for layout in self._layouts(embeds, engine_input) if layout]
         message = (
             f"The prompt is too long: {prompt} tokens, {visual} of them visual tokens of "
             f"{_counted(len(places), 'image')}, and this model takes {self.context}, with at least "
             "one of the answer among them."
         )
-        if images and not isinstance(self.geometry, UnsupportedModel):
+        if layouts:
             room = self.context - 1 - (prompt - visual) - whole
-            message += f" {self._what_would_fit(settings, images, room)}"
+            message += f" {self._what_would_fit(settings, layouts, room)}"
         raise VLLMValidationError(message, parameter=request.turns)
 
     def refuse_too_many(
@@ -144,39 +204,56 @@ class Reducer:
         reading = [
             r.method for r in settings if r and (d := r.spec.decoder) and d.looks_at_question
         ]
-        if not reading or isinstance(self.geometry, UnsupportedModel):
+        if not reading:
             return
-        fit, tokens = self.geometry.images_at_once(self.encoder_tokens), self.geometry.tokens
         places, hashes = (engine_input[key]["image"] for key in ("mm_placeholders", "mm_hashes"))
+        layouts = self._layouts(embeds, engine_input)
         encoded = {  # an image that comes twice is encoded once, embeddings are not
-            one: place.length if given else tokens
-            for one, place, given in zip(hashes, places, embeds, strict=True)
+            one: max(place.length, layout.encoded) if layout else place.length
+            for one, place, layout in zip(hashes, places, layouts, strict=True)
         }
-        if sum(encoded.values()) > fit * tokens:
+        fit = self.geometry.images_at_once(self.encoder_tokens)
+        most = fit * self.geometry.tokens
+        value, allowed = _counted(len(encoded), "image"), _counted(fit, "image")
+        if self.geometry.by_image:
+            most = self.encoder_tokens
+            value += f" of {sum(encoded.values())} visual tokens in the tower"
+            allowed = f"images of {most} visual tokens there, padding of tiles included,"
+        # One image alone is always encoded.
+        if len(encoded) > 1 and sum(encoded.values()) > most:
             error = SettingsError(
                 request.turns,
-                _counted(len(encoded), "image"),
-                f"{_counted(fit, 'image')} or fewer with method {reading[0]}, which reads the "
+                value,
+                f"{allowed} or fewer with method {reading[0]}, which reads the "
                 "question: they are encoded in one step (--max-num-batched-tokens of the server)",
             )
             raise VLLMValidationError(str(error), parameter=error.field)
 
-    def _what_would_fit(self, settings: Sequence[Reduction | None], images: int, room: int) -> str:
+    def _what_would_fit(
+        self, settings: Sequence[Reduction | None], layouts: Sequence[Layout], room: int
+    ) -> str:
         """The largest budget of images that have so many tokens of a prompt to share, in words."""
         policy = self.policy
         late = [r.method for r in settings if r and r.spec.decoder]
         early = [name for name in policy.methods if METHODS[name].place != "nowhere"]
         early = [name for name in early if METHODS[name].decoder is None]
         if not early:
-            return f"{images} images that keep all their tokens do not fit; send fewer."
-        method = policy.default_method if policy.default_method in early else early[0]
-        budget = min(room // images, policy.max_budget or room)
+            return f"{len(layouts)} images that keep all their tokens do not fit; send fewer."
+
+        def held(budget: int) -> list[int]:
+            """Tokens of every image at a budget; a small one has fewer."""
+            return [min(budget, layout.tokens) for layout in layouts]
+
+        budgets = range(1 + max(held(policy.max_budget or room)))
+        budget = bisect_right(budgets, room, key=lambda budget: sum(held(budget))) - 1
         if budget < policy.min_budget:
-            most = max(room, 0) // policy.min_budget
+            most = sum(n <= room for n in accumulate(sorted(held(policy.min_budget))))
             return (
                 f"At the smallest budget of this server, {policy.min_budget}, at most "
                 f"{_counted(most, 'image')} would fit."
             )
+        early.sort(key=lambda name: name != policy.default_method)
+        method = next((name for name in early if self._reaches(name, budget, layouts)), early[0])
         if late or method != policy.default_method:
             said = f'reduction {{"method": "{method}", "budget": {budget}}}'
         else:
@@ -189,6 +266,16 @@ class Reducer:
         )
         return f"With {said} or less for every image it would fit.{why}"
 
+    def _reaches(self, method: str, budget: int, layouts: Sequence[Layout]) -> bool:
+        """Whether a method can keep so few tokens of all these images."""
+        reduction = Reduction(method=method, budget=budget)
+        try:
+            for layout in layouts:
+                self.geometry.kept(reduction, layout=layout)
+        except SettingsError:
+            return False
+        return True
+
     def report(
         self, settings: Sequence[Reduction | None], embeds: Sequence[bool], engine_input: Any
     ) -> dict[str, Any] | None:
@@ -199,28 +286,31 @@ class Reducer:
         """
         placeholders = (engine_input.get("mm_placeholders") or {}).get("image", [])
         entering = [placeholder.length for placeholder in placeholders]
-        geometry = None if isinstance(self.geometry, UnsupportedModel) else self.geometry
-        if geometry is None and len(entering) != len(settings):
+        geometry, layouts = self.geometry, self._layouts(embeds, engine_input)
+        if geometry.unsupported and len(entering) != len(settings):
             return None  # a model that calls its images something else; none of them is reduced
         expected = [
-            count if geometry is None or is_embeds else geometry.kept(reduction)
-            for reduction, is_embeds, count in zip(settings, embeds, entering, strict=False)
+            geometry.kept(reduction, layout=layout) if layout else count
+            for reduction, layout, count in zip(settings, layouts, entering, strict=False)
         ]
         if len(entering) != len(settings) or entering != expected:
             raise RuntimeError(
                 f"{expected} visual tokens were due, but the engine was given {entering}"
             )
+        given = [packed.reduction for packed in engine_input.get(COUNTS_KEY, ())]
+        if given and given != settings:
+            raise RuntimeError(f"{settings} were due, but the engine was given {given}")
         if not entering:
             return None
         prompt = len(engine_input["prompt_token_ids"])
         before = [
-            geometry.tokens if reduction and geometry else count
-            for reduction, count in zip(settings, entering, strict=True)
+            layout.tokens if layout else count
+            for layout, count in zip(layouts, entering, strict=True)
         ]
         spans = self._spans
         by_stage = [
-            self._held_in_stages(reduction, place, prompt)
-            for reduction, place in zip(settings, placeholders, strict=True)
+            self._held_in_stages(reduction, layout, place, prompt)
+            for reduction, layout, place in zip(settings, layouts, placeholders, strict=True)
         ]
         kept = [math.ceil(schedule.average_over_layers(held, spans)) for held in by_stage]
         images: list[dict[str, Any]] = [
@@ -261,10 +351,7 @@ class Reducer:
     @property
     def _spans(self) -> list[int]:
         """Layers of every stage of the decoder."""
-        geometry = self.geometry
-        if isinstance(geometry, UnsupportedModel) or not geometry.starts:
-            return [self.decoder.layers]
-        return geometry.spans
+        return self.geometry.spans if self.geometry.starts else [self.decoder.layers]
 
     def prefilled(self, report: dict[str, Any] | None) -> list[Prefilled]:
         """What the images of a report add to the metrics, once they are in the KV cache."""
@@ -289,40 +376,43 @@ class Reducer:
             )
         return images
 
-    def _held_in_stages(self, reduction: Reduction | None, place: Any, prompt: int) -> list[int]:
+    def _held_in_stages(
+        self, reduction: Reduction | None, layout: Layout | None, place: Any, prompt: int
+    ) -> list[int]:
         """Visual tokens of an image in every stage of the decoder, in whole blocks."""
         if reduction is None or reduction.spec.decoder is None:
-            stages = () if isinstance(self.geometry, UnsupportedModel) else self.geometry.starts
-            return [place.length] * (1 + len(stages))
-        assert not isinstance(self.geometry, UnsupportedModel)
+            return [place.length] * (1 + len(self.geometry.starts))
         run = Run(place.offset, place.offset + place.length)
         return [
             place.length,
             *(
                 held_of(run, keep, self.block_size, prompt)
-                for keep in self.geometry.held(reduction)[1:]
+                for keep in self.geometry.held(reduction, layout=layout)[1:]
             ),
         ]
 
     def describe(self) -> dict[str, Any]:
         """The answer to ``GET /v1/reduction``."""
         geometry, policy = self.geometry, self.policy
-        stages = len(getattr(geometry, "starts", ()))
-        if isinstance(geometry, UnsupportedModel):
-            support: dict[str, Any] = {"supported": False, "reason": str(geometry)}
+        stages = len(geometry.starts)
+        if self.largest is None:
+            support: dict[str, Any] = {"supported": False, "reason": geometry.unsupported}
             details: dict[str, Any] = {"low": None, "high": None}
         else:
             support = {
                 "supported": True,
+                "layout": "by image" if geometry.by_image else "fixed",
                 "grid": list(geometry.grid),
-                "visual_tokens": geometry.tokens,
+                "visual_tokens": self.largest.tokens,
                 "tower_layers": geometry.layers,
                 "has_cls": geometry.has_cls,
                 "decoder_stages": list(geometry.starts),
                 "kv_block_size": self.block_size,
                 "kv_cache_groups": schedule.groups(self._spans),
             }
-            details = {"low": policy.low(geometry), "high": policy.high()}
+            low = policy.low(geometry)
+            share = f"N / {low.share}" if isinstance(low, ShareOfTokens) else low
+            details = {"low": share, "high": policy.high()}
         return {
             "object": "reduction",
             "model": {
@@ -359,8 +449,24 @@ class Reducer:
         }
 
 
+def _refusal(request: ReductionFields, error: SettingsError) -> VLLMValidationError:
+    """Settings that cannot be used, as vLLM refuses; the metrics will say so."""
+    request._seen.method = INVALID
+    return VLLMValidationError(str(error), parameter=error.field)
+
+
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _refuse_whole_prompts(request: Any, settings: Sequence[Reduction | None]) -> None:
+    """As :func:`_refuse_prompt_logprobs`, where tokens leave inside the decoder.
+
+    Raises:
+        SettingsError: names the field.
+    """
+    if any(reduction and reduction.spec.decoder for reduction in settings):
+        _refuse_prompt_logprobs(request)
 
 
 def _refuse_prompt_logprobs(request: Any) -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what a request says, here and there, to the settings of every image.
 
-The nearest wins: the image, then the request, then the server's default.
+The nearest wins: the image, then the request, then the server's default. What depends on how many
+tokens an image has is in :func:`fit`. Where all images of a model have as many, it is asked at
+once; else when the prompt is rendered, and the processor has seen the image's size.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from vllm_ficoco.settings import (
     REDUCTION_KEY,
     Reduction,
     SettingsError,
+    ShareOfTokens,
     check_size,
 )
-from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel
+from vllm_ficoco.vision.geometry import Geometry
+from vllm_ficoco.vision.layout import Layout
 
 DETAIL_KEY = "detail"
 _DETAILS = {"low": "low", "high": "high", "original": "high", "auto": "auto", "": "auto"}
@@ -59,19 +63,34 @@ class Wish(NamedTuple):
     """Settings on their way from the server's default over the request to one image."""
 
     method: str
-    budget: int | None
+    budget: int | ShareOfTokens | None
     options: Mapping[str, Any] = {}
     field: str = ""
     """Where it was said; empty for the server's default."""
 
 
+class Settled(NamedTuple):
+    """What holds for one image."""
+
+    reduction: Reduction | None
+    """None: it keeps all its tokens."""
+    field: str = ""
+    """Where its budget was said, or that it has none; empty for the server's default."""
+    embeds: bool = False
+    """It comes as embeddings."""
+
+
 def settle(
-    policy: Policy,
-    request: Level,
-    images: Sequence[Level],
-    geometry: Geometry | UnsupportedModel,
+    policy: Policy, request: Level, images: Sequence[Level], geometry: Geometry
 ) -> list[Reduction | None]:
-    """The settings of every image of a request; None for an image that keeps all its tokens.
+    """What :func:`settled` says, without where it was said."""
+    return [image.reduction for image in settled(policy, request, images, geometry)]
+
+
+def settled(
+    policy: Policy, request: Level, images: Sequence[Level], geometry: Geometry
+) -> list[Settled]:
+    """What holds for every image of a request; where its size matters, before :func:`fit`.
 
     The nearest wins, part by part: a budget on an image goes with the method that the request
     names around it.
@@ -84,15 +103,54 @@ def settle(
     if not images and general.field and general.method != NO_REDUCTION:
         key, value = next(iter(request.said.items()))
         raise SettingsError(request.field(key), value, "left out: the request has no images")
-    return [
-        _admit(policy, _narrow(policy, general, image, geometry), image, geometry)
-        for image in images
-    ]
+    known = not geometry.unsupported and not geometry.by_image
+    admitted = []
+    for image in images:
+        one = _admit(policy, _narrow(policy, general, image, geometry), image, geometry)
+        if known:
+            one = one._replace(reduction=fit(policy, one, geometry, geometry.layout))
+        admitted.append(one)
+    return admitted
 
 
-def _narrow(
-    policy: Policy, around: Wish, level: Level, geometry: Geometry | UnsupportedModel
-) -> Wish:
+def fit(policy: Policy, image: Settled, geometry: Geometry, layout: Layout) -> Reduction | None:
+    """The settings of an image of this layout; None where it keeps all its tokens.
+
+    Raises:
+        SettingsError: the method cannot reach the budget, or the policy forbids what comes out.
+    """
+    reduction = image.reduction
+    if reduction is None:
+        if policy.max_budget and layout.tokens > policy.max_budget and not image.embeds:
+            raise SettingsError(image.field, NO_REDUCTION, policy.limits())
+        return None
+    try:
+        geometry.stages(reduction, layout=layout)
+        if reduction.budget is None:
+            held = geometry.held(reduction, layout=layout)
+            _within(policy, math.ceil(average_over_layers(held, geometry.spans)), "budget")
+    except SettingsError as error:
+        raise as_written(image, error) from None
+    return reduction.for_tokens(layout.tokens)
+
+
+def as_written(image: Settled, error: SettingsError) -> SettingsError:
+    """What is wrong with the settings of an image, in the words of its client.
+
+    Args:
+        image: what was settled for it.
+        error: of a field of the settings: ``budget``, ``method``, ``options.tokens``.
+    """
+    if not image.field:
+        allowed = f"{error.allowed} ({error.value} is this server's default)"
+        return SettingsError(BUDGET_KEY, error.value, allowed)
+    field = image.field
+    if field.endswith(".budget"):
+        field = field.removesuffix("budget") + error.field
+    return SettingsError(field, error.value, error.allowed)
+
+
+def _narrow(policy: Policy, around: Wish, level: Level, geometry: Geometry) -> Wish:
     """What holds at a level, given what holds around it."""
     said, field = _read(policy, level, geometry)
     if said is None:
@@ -116,12 +174,12 @@ def _narrow(
     if field.endswith(REDUCTION_KEY):
         checked = Reduction.parse(settings, field)
         return Wish(checked.method, budget, checked.options, field)
-    return Wish(method, Reduction.of_budget(budget, field).budget, options, field)
+    if not isinstance(budget, ShareOfTokens):
+        Reduction.of_budget(budget, field)
+    return Wish(method, budget, options, field)
 
 
-def _read(
-    policy: Policy, level: Level, geometry: Geometry | UnsupportedModel
-) -> tuple[dict[str, Any] | None, str]:
+def _read(policy: Policy, level: Level, geometry: Geometry) -> tuple[dict[str, Any] | None, str]:
     """What a level says in terms of ``reduction``, and under which key; None for nothing."""
     said = level.said
     budget, reduction = said.get(BUDGET_KEY), said.get(REDUCTION_KEY)
@@ -152,38 +210,35 @@ def _read(
     return None, ""
 
 
-def _read_detail(
-    policy: Policy, detail: str, level: Level, geometry: Geometry | UnsupportedModel
-) -> dict[str, Any]:
+def _read_detail(policy: Policy, detail: str, level: Level, geometry: Geometry) -> dict[str, Any]:
     if detail == "high":
         budget = policy.high()
         return {"method": NO_REDUCTION} if budget is None else {"budget": budget}
-    if isinstance(geometry, UnsupportedModel):
+    if geometry.unsupported:
         raise SettingsError(
-            level.field(DETAIL_KEY), detail, f"left out, 'auto' or 'high': {geometry}"
+            level.field(DETAIL_KEY), detail, f"left out, 'auto' or 'high': {geometry.unsupported}"
         )
     return {"budget": policy.low(geometry)}
 
 
-def _admit(
-    policy: Policy, wish: Wish, image: Level, geometry: Geometry | UnsupportedModel
-) -> Reduction | None:
-    """A wish as settings, where the model can follow it and the policy lets it."""
+def _admit(policy: Policy, wish: Wish, image: Level, geometry: Geometry) -> Settled:
+    """A wish as settings, where the model can follow it and the policy lets it.
+
+    What the image's tokens have a say in is left to :func:`fit`.
+    """
     if wish.method == NO_REDUCTION:
-        unreduced = None if isinstance(geometry, UnsupportedModel) else geometry.tokens
-        if policy.max_budget and unreduced and unreduced > policy.max_budget and not image.embeds:
-            raise SettingsError(wish.field, NO_REDUCTION, policy.limits())
-        return None
+        return Settled(None, wish.field, image.embeds)
     if not wish.field and (wish.budget is None or image.embeds):
-        return None
+        return Settled(None, wish.field, image.embeds)
     if wish.budget is None and wish.options.get("tokens") is None:
         raise SettingsError(
             f"{wish.field}.budget", None, "given: this server has no default budget"
         )
-    if isinstance(geometry, UnsupportedModel):
-        raise SettingsError(wish.field, wish.budget, f"left out: {geometry}")
+    if geometry.unsupported:
+        raise SettingsError(wish.field, wish.budget, f"left out: {geometry.unsupported}")
     if image.embeds:
-        raise SettingsError(wish.field, wish.budget, "left out for image_embeds")
+        value = "low" if isinstance(wish.budget, ShareOfTokens) else wish.budget
+        raise SettingsError(wish.field, value, "left out for image_embeds")
     whole = wish.field.endswith(REDUCTION_KEY)
     if wish.method not in policy.methods:
         raise SettingsError(
@@ -192,16 +247,17 @@ def _admit(
             f"one of {', '.join(policy.methods)}, {BY_POLICY}",
         )
     field = f"{wish.field}.budget" if whole else wish.field
-    if wish.budget is not None:
-        _within(policy, wish.budget, field)
-    reduction = Reduction.parse(
-        {"method": wish.method, "budget": wish.budget, "options": wish.options}
-    )
-    geometry.stages(reduction, field)
-    if wish.budget is None:
-        held = geometry.held(reduction, field)
-        _within(policy, math.ceil(average_over_layers(held, geometry.spans)), field)
-    return reduction.for_tokens(geometry.tokens)
+    reduction: Reduction
+    if isinstance(wish.budget, ShareOfTokens):
+        reduction = wish.budget.with_method(wish.method, wish.options)
+    else:
+        if wish.budget is not None:
+            _within(policy, wish.budget, field)
+        settings = {"method": wish.method, "budget": wish.budget, "options": wish.options}
+        reduction = Reduction.parse(settings)
+    if geometry.by_image:  # a method that the server has no stages for, whatever the image
+        geometry.decoder_stages(reduction, field)
+    return Settled(reduction, field)
 
 
 def _within(policy: Policy, budget: int, field: str) -> None:

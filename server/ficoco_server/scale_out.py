@@ -5,27 +5,37 @@
 that they were processed: a place in the prompt, a hash, and the processor's fields, or none of
 them where the engine has them under the hash. A model that returns fewer rows than a place has
 ends the engine, so the three must agree before a request gets there.
+
+Where an image's tokens depend on its size, its hash says nothing of them. There its fields must
+come along, and the engine gets it under another hash, which no other image can have.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+import secrets
+from typing import Any, NamedTuple
 
+import torch
 from vllm.entrypoints.scale_out.token_in_token_out.mm_features import mm_kwargs_from_features
 from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 from vllm.exceptions import VLLMValidationError
 
 from ficoco_server.metrics import INVALID, REQUESTS
-from ficoco_server.policy import Policy
 from ficoco_server.reducer import Reducer
-from ficoco_server.resolve import Level, settle
+from ficoco_server.resolve import Level, fit, settled
 from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.models.processing import tokens_by_hash
-from vllm_ficoco.packed import PACKED_FIELD, unpack
+from vllm_ficoco.packed import PACKED_FIELD, Packed, unpack
 from vllm_ficoco.settings import REDUCTION_KEY, Reduction, SettingsError
-from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel
+from vllm_ficoco.vision.layout import Layout
 
-PIXELS, EMBEDS, HANDLE = "pixel_values", "image_embeds", "signature"
+PIXELS, EMBEDS, HANDLE, SIZE = "pixel_values", "image_embeds", "signature", "image_sizes"
+
+LARGEST_SIDE = 10**6
+"""Pixels."""
+
+_SALT = secrets.token_hex(16)
 
 
 class ReductionTokens(ServingTokens):
@@ -35,14 +45,21 @@ class ReductionTokens(ServingTokens):
 
     async def serve_tokens(self, request: Any, raw_request: Any = None) -> Any:
         """As in vLLM."""
-        supported = not isinstance(self.reducer.geometry, UnsupportedModel)
-        if request.features is not None and supported:
+        if request.features is not None and not self.reducer.geometry.unsupported:
             try:
                 check_features(request, self.reducer)
             except SettingsError as error:
                 REQUESTS.labels(INVALID, "refused").inc()
                 raise VLLMValidationError(str(error), parameter=error.field) from None
         return await super().serve_tokens(request, raw_request)
+
+
+class Due(NamedTuple):
+    """What the engine will make of an image."""
+
+    tokens: int
+    why: str
+    reduction: Reduction | None = None
 
 
 def check_features(request: Any, reducer: Reducer) -> None:
@@ -52,55 +69,123 @@ def check_features(request: Any, reducer: Reducer) -> None:
         SettingsError: which do not.
     """
     features, params, geometry = request.features, request.sampling_params, reducer.geometry
-    assert not isinstance(geometry, UnsupportedModel)
     items = mm_kwargs_from_features(features).get("image", [])
     for i, item in enumerate(items):
-        mm_hash, place = features.mm_hashes["image"][i], features.mm_placeholders["image"][i]
-        due = by_hash = tokens_by_hash(mm_hash, geometry)
-        why = "what its hash says"
-        if item is not None:
-            field = f"features.kwargs_data.image[{i}]"
-            reduction = _packed_in(item, field, reducer.policy, geometry)
-            if PIXELS in item and EMBEDS not in item:
-                due, why = geometry.kept(reduction), "what its settings keep"
-                side = reducer.image_size
-                if _shape(item, PIXELS) != (3, side, side):
-                    allowed = f"of shape {(3, side, side)}"
-                    raise SettingsError(f"{field}.{PIXELS}", _shape(item, PIXELS), allowed)
-            elif EMBEDS in item and PIXELS not in item and reduction is None:
-                due, why = (*_shape(item, EMBEDS), 0)[0], "what its embeddings have"
-                if _shape(item, EMBEDS) != (due, reducer.decoder.hidden_size):
-                    allowed = f"of {reducer.decoder.hidden_size} numbers a token"
-                    raise SettingsError(f"{field}.{EMBEDS}", _shape(item, EMBEDS), allowed)
-            elif not (request.ec_transfer_params or (reducer.shared_memory and HANDLE in item)):
-                # Another instance has not encoded it, and it is not in memory, signed by vLLM.
-                raise SettingsError(field, sorted(item), f"{PIXELS}, or {EMBEDS} without settings")
-            whole = needs_whole_prompt(params)
-            if whole and reduction is not None and reduction.spec.decoder:
-                allowed = "left out where tokens leave inside the decoder"
-                raise SettingsError(f"sampling_params.{whole}", getattr(params, whole), allowed)
-        if place.length != due:
+        hashes, place = features.mm_hashes["image"], features.mm_placeholders["image"][i]
+        field = f"features.kwargs_data.image[{i}]"
+        # Another instance has encoded it, or it is in memory, signed by vLLM.
+        elsewhere = request.ec_transfer_params or (reducer.shared_memory and HANDLE in (item or ()))
+        by_hash = None
+        if not geometry.by_image:
+            by_hash = Due(tokens_by_hash(hashes[i], geometry), "what its hash says")
+        due = _due(item, field, reducer, by_hash, bool(elsewhere))
+        whole = needs_whole_prompt(params)
+        if whole and due.reduction is not None and due.reduction.spec.decoder:
+            allowed = "left out where tokens leave inside the decoder"
+            raise SettingsError(f"sampling_params.{whole}", getattr(params, whole), allowed)
+        if place.length != due.tokens:
             field = f"features.mm_placeholders.image[{i}].length"
-            raise SettingsError(field, place.length, f"{due}, {why}")
-        if by_hash != due:
-            allowed = f"a render's, of an image with {due} visual tokens"
-            raise SettingsError(f"features.mm_hashes.image[{i}]", mm_hash, allowed)
+            raise SettingsError(field, place.length, f"{due.tokens}, {due.why}")
+        if by_hash is None:
+            if {PIXELS, EMBEDS} & {*item}:
+                hashes[i] = _own_hash(hashes[i], item, due)
+        elif by_hash.tokens != due.tokens:
+            allowed = f"a render's, of an image with {due.tokens} visual tokens"
+            raise SettingsError(f"features.mm_hashes.image[{i}]", hashes[i], allowed)
+
+
+def _due(item: Any, field: str, reducer: Reducer, by_hash: Due | None, elsewhere: bool) -> Due:
+    """What the engine will make of an image.
+
+    Args:
+        item: its fields; None where there are none.
+        field: where they stand.
+        reducer: what this server can do.
+        by_hash: what its hash says; None where that says nothing.
+        elsewhere: its pixels need not be here.
+
+    Raises:
+        SettingsError: its fields are not those of an image.
+    """
+    if item is None:
+        if by_hash is None:
+            why = "given: a hash does not say how many visual tokens an image of this model has"
+            raise SettingsError(field, None, why)
+        return by_hash
+    packed = _packed_in(item, field)
+    if EMBEDS in item and PIXELS not in item and packed.reduction is None:
+        rows = (*_shape(item, EMBEDS), 0)[0]
+        if _shape(item, EMBEDS) != (rows, reducer.decoder.hidden_size):
+            allowed = f"of {reducer.decoder.hidden_size} numbers a token"
+            raise SettingsError(f"{field}.{EMBEDS}", _shape(item, EMBEDS), allowed)
+        return Due(rows, "what its embeddings have")
+    pixels = PIXELS in item and EMBEDS not in item
+    if not pixels and not elsewhere:
+        raise SettingsError(field, sorted(item), f"{PIXELS}, or {EMBEDS} without settings")
+    layout = _layout(item, packed.layout, field, reducer)
+    reduction = packed.reduction and _admitted(packed.reduction, layout, field, reducer)
+    if pixels:
+        _check_pixels(item, layout, field, reducer)
+    elif by_hash is not None:
+        return by_hash._replace(reduction=reduction)
+    kept = reducer.geometry.kept(reduction, layout=layout)
+    return Due(kept, "what its settings keep", reduction)
 
 
 def _shape(item: Any, name: str) -> tuple[int, ...]:
     return tuple(getattr(item[name].data, "shape", ()))
 
 
-def _packed_in(item: Any, field: str, policy: Policy, geometry: Geometry) -> Reduction | None:
-    """The settings that travel with an image, where this server lets a request have them."""
+def _packed_in(item: Any, field: str) -> Packed:
+    """The settings and the layout that travel with an image."""
     packed = item.get(PACKED_FIELD)
     try:
-        reduction = unpack(packed.data).reduction if packed is not None else None
-    except (ValueError, AttributeError, TypeError):
+        return unpack(packed.data) if packed is not None else Packed()
+    except (ValueError, AttributeError, TypeError, RecursionError):
         allowed = "an item with settings as a render writes them"
         raise SettingsError(field, PACKED_FIELD, allowed) from None
-    if reduction is None:
-        return None
+
+
+def _admitted(
+    reduction: Reduction, layout: Layout, field: str, reducer: Reducer
+) -> Reduction | None:
+    """The settings that travel with an image, where this server lets a request have them."""
     said = Level(field, {REDUCTION_KEY: reduction.model_dump()})
-    [admitted] = settle(policy, Level(), [said], geometry)
-    return admitted
+    [image] = settled(reducer.policy, Level(), [said], reducer.geometry)
+    return fit(reducer.policy, image, reducer.geometry, layout)
+
+
+def _layout(item: Any, packed: Layout | None, field: str, reducer: Reducer) -> Layout:
+    """The layout of an image, where it is that of its size."""
+    if not reducer.geometry.by_image:
+        return reducer.geometry.layout
+    size = getattr(item.get(SIZE), "data", None)
+    numbers = size.tolist() if isinstance(size, torch.Tensor) and size.shape == (2,) else []
+    if not numbers or not all(type(n) is int and 0 < n <= LARGEST_SIDE for n in numbers):
+        allowed = f"height and width of the image, from 1 to {LARGEST_SIDE}"
+        raise SettingsError(f"{field}.{SIZE}", numbers or None, allowed)
+    height, width = numbers
+    layout: Layout = reducer.processor.layout_of(width, height)
+    if packed != layout:
+        allowed = f"a render's: an image of {width} x {height} has another layout"
+        raise SettingsError(f"{field}.{PACKED_FIELD}", packed and packed.to_json(), allowed)
+    return layout
+
+
+def _check_pixels(item: Any, layout: Layout, field: str, reducer: Reducer) -> None:
+    """Whether an image's pixels are what the tower takes in."""
+    shape, side = _shape(item, PIXELS), reducer.image_size
+    of_one = (3, side, side)
+    if not reducer.geometry.by_image:
+        if shape != of_one:
+            raise SettingsError(f"{field}.{PIXELS}", shape, f"of shape {of_one}")
+    elif shape[1:] != of_one or not layout.inputs <= shape[0] <= reducer.most_inputs:
+        # More than it has are padding of a batch.
+        allowed = f"of shape {(layout.inputs, *of_one)}, thumbnail and tiles"
+        raise SettingsError(f"{field}.{PIXELS}", shape, allowed)
+
+
+def _own_hash(mm_hash: str, item: Any, due: Due) -> str:
+    """A hash for the engine that no image of another size, or from another route, can have."""
+    packed = bytes(item[PACKED_FIELD].data.tolist()) if PACKED_FIELD in item else b""
+    return hashlib.sha256(repr((_SALT, mm_hash, packed, due.tokens)).encode()).hexdigest()

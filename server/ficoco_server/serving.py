@@ -32,6 +32,7 @@ from ficoco_server.reducer import Reducer
 from ficoco_server.scale_out import ReductionTokens
 from ficoco_server.sent import remember_what_is_sent
 from vllm_ficoco.engine.checks import SCHEDULER
+from vllm_ficoco.models.processing import RefusedImage
 from vllm_ficoco.settings import REDUCTION_KEY, SettingsError
 from vllm_ficoco.vision.geometry import STAGES_KEY
 
@@ -48,8 +49,9 @@ def install(engine_client: Any, state: Any) -> None:
     # then needed in it as well, or budgets would reach a model that does not know them.
     if MODEL_PLUGIN not in (envs.VLLM_PLUGINS or [MODEL_PLUGIN]):
         raise PolicyError(f"VLLM_PLUGINS names {NAME} but not {MODEL_PLUGIN}: it needs both")
-    reducer = Reducer(engine_client.vllm_config, Policy.from_environment())
-    _check_stages(os.environ.get("FICOCO_STAGES", ""), getattr(reducer.geometry, "starts", ()))
+    processor = engine_client.renderer.mm_processor
+    reducer = Reducer(engine_client.vllm_config, Policy.from_environment(), processor)
+    _check_stages(os.environ.get("FICOCO_STAGES", ""), reducer.geometry.starts)
     chat = state.openai_serving_chat
     renderer = _adopt(ReductionRenderer, chat.online_renderer)
     renderer.reducer = reducer
@@ -117,21 +119,24 @@ class ReductionRenderer(OnlineRenderer):
                 media_io_kwargs=request.media_io_kwargs,
                 trust_request_mm_kwargs=self.trust_request_mm_kwargs,
             )
-            ours = [reduction and reduction.model_dump() for reduction in settings]
-            request.mm_processor_kwargs = {**(theirs or {}), REDUCTION_KEY: ours}
+            # As they are: a share of an image's tokens has no form that a client could send.
+            request.mm_processor_kwargs = {**(theirs or {}), REDUCTION_KEY: settings}
             render = self.trusting.preprocess_chat
         else:
             render = super().preprocess_chat
         try:
             rendered = await render(request, messages, *args, **kwargs)
+        except RefusedImage as refused:
+            raise self.reducer.refused(request, refused) from None
         except AssertionError as error:  # vLLM has not found an image's place in the prompt
             cut = _cut_off(request) if settings else None
             raise cut or error from error
         finally:
             request.mm_processor_kwargs = theirs
         (engine_input,) = rendered[1]
-        asked = request._asked.images
-        embeds = [False] * (len(settings) - len(asked)) + [image.embeds for image in asked]
+        embeds = [image.embeds for image in request._settled]
+        settings = self.reducer.fit(request, engine_input)
+        request._seen.expect(settings)
         self.reducer.refuse_too_long(request, settings, embeds, engine_input)
         self.reducer.refuse_too_many(request, settings, embeds, engine_input)
         request._report = self.reducer.report(settings, embeds, engine_input)

@@ -20,6 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.traffic import image as coloured_squares
+from tests.checkpoints import random_llava_next
 
 MODEL = "tiny-llava"
 TOKENS = 144
@@ -69,14 +70,14 @@ def eventually(check: Callable[[], bool], seconds: float = 20) -> bool:
     return True
 
 
-def picture(seed: int = 0) -> str:
-    """A picture of coloured squares, as a data URL."""
-    return coloured_squares(168, seed)
+def picture(seed: int = 0, size: tuple[int, int] = (168, 168)) -> str:
+    """A picture of coloured squares, so wide and high, as a data URL."""
+    return coloured_squares(size, seed)
 
 
-def image(seed: int = 0, **said: Any) -> dict[str, Any]:
+def image(seed: int = 0, size: tuple[int, int] = (168, 168), **said: Any) -> dict[str, Any]:
     """An image of a chat message."""
-    return {"type": "image_url", "image_url": {"url": picture(seed), **said}}
+    return {"type": "image_url", "image_url": {"url": picture(seed, size), **said}}
 
 
 def user(*parts: dict[str, Any]) -> list[Any]:
@@ -85,9 +86,9 @@ def user(*parts: dict[str, Any]) -> list[Any]:
     return [{"role": "user", "content": [*parts, question]}]
 
 
-def input_image(seed: int = 0, **said: Any) -> dict[str, Any]:
+def input_image(seed: int = 0, size: tuple[int, int] = (168, 168), **said: Any) -> dict[str, Any]:
     """An image of a message to the responses API."""
-    return {"type": "input_image", "image_url": picture(seed), **said}
+    return {"type": "input_image", "image_url": picture(seed, size), **said}
 
 
 def turn(*parts: dict[str, Any]) -> list[Any]:
@@ -130,6 +131,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     command = ["ficoco_server.cli", "serve", MODEL, "--enable-scale-out", *POLICY]
     with running(command, log, VLLM_ENABLE_RESPONSES_API_STORE="1") as started:
+        yield started
+
+
+@pytest.fixture(scope="package")
+def tiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same of a LLaVA-NeXT, whose images have as many tokens as their size says."""
+    folder = tmp_path_factory.mktemp("tiled")
+    model = random_llava_next(folder / "model")
+    flags = [f"--served-model-name={MODEL}", "--enable-scale-out", "--reduction-min-budget=2"]
+    command = ["ficoco_server.cli", "serve", str(model), *flags]
+    with running(command, folder / "log", VLLM_ENABLE_RESPONSES_API_STORE="1") as started:
         yield started
 
 

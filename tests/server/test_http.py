@@ -530,6 +530,7 @@ def test_about_reduction(server: Server) -> None:
     assert about["model"] == {
         "id": MODEL,
         "supported": True,
+        "layout": "fixed",
         "grid": [12, 12],
         "visual_tokens": TOKENS,
         "tower_layers": 9,

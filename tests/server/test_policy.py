@@ -9,11 +9,12 @@ from ficoco_server import resolve
 from ficoco_server.policy import Policy, PolicyError
 from ficoco_server.resolve import Level
 from vllm_ficoco.settings import Reduction, SettingsError
-from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel
+from vllm_ficoco.vision.geometry import Geometry
+from vllm_ficoco.vision.layout import Layout, Window
 
 TINY = Geometry((12, 12), 9, True)
 LLAVA = Geometry((24, 24), 23, True)
-TEXT_MODEL = UnsupportedModel("visual tokens can be reduced for LLaVA models, not for 'llama'")
+TEXT_MODEL = Geometry.none("visual tokens can be reduced for LLaVA models, not for 'llama'")
 IMAGE = "messages[0].content[0].image_url"
 
 
@@ -315,3 +316,129 @@ def test_a_budget_that_the_method_cannot_reach() -> None:
     with pytest.raises(SettingsError) as caught:
         settle(read(), request, on_image(), geometry=Geometry((24, 24), 2, True))
     assert caught.value.field == "reduction.budget"
+
+
+# --- Where an image's tokens depend on its size ---------------------------------------------
+
+TILED = Geometry((4, 4), 6, True, 6, (2, 4), by_image=True)
+LARGE = Layout((4, 4), (2, 2), Window(0, 0, 8, 8))
+"""Of 88 tokens, 8 of them newlines."""
+SMALL = Layout((4, 4), (1, 2), Window(0, 2, 4, 4))
+"""Of 36 tokens, 4 of them newlines."""
+
+
+def fit(policy: Policy, image: Level, layout: Layout, request: Level | None = None) -> Any:
+    """What comes out for an image, in both steps."""
+    [wanted] = resolve.settled(policy, request or Level(), [image], TILED)
+    return resolve.fit(policy, wanted, TILED, layout)
+
+
+def test_a_budget_waits_for_the_image() -> None:
+    for budget, large, small in ((20, 20, 20), (36, 36, None), (60, 60, None), (88, None, None)):
+        said = on_image(visual_token_budget=budget)
+        assert settle(read(), Level(), said, geometry=TILED) == [Reduction(budget=budget)]
+        for layout, due in ((LARGE, large), (SMALL, small)):
+            assert fit(read(), said, layout) == (due and Reduction(budget=due))
+
+
+def test_low_is_a_share_of_the_image() -> None:
+    low = on_image(detail="low")
+    request = on_request(
+        reduction={"method": "topk", "budget": 80, "options": {"newlines": "none"}}
+    )
+    assert fit(read(), low, LARGE) == Reduction(budget=88 // 9)
+    assert fit(read(), low, SMALL, request) == Reduction(method="topk", budget=36 // 9)
+    bounded = read(min_budget="5", max_budget="8")
+    assert fit(bounded, low, LARGE) == Reduction(budget=8)
+    assert fit(bounded, low, SMALL) == Reduction(budget=5)
+    assert fit(read(low_budget="30"), low, LARGE) == Reduction(budget=30)
+    assert fit(read(min_budget="40"), low, SMALL) is None, "it has no more than that"
+    with pytest.raises(SettingsError, match=r"detail = 'low' .* image_embeds"):
+        settle(read(), Level(), on_image(embeds=True, detail="low"), geometry=TILED)
+
+
+def test_nobody_sends_a_share() -> None:
+    for share in ({"share": 9}, {"budget": 9, "share": 9, "least": 1, "most": None}):
+        with pytest.raises(SettingsError, match="known here: method, budget, options"):
+            settle(read(), on_request(reduction=share), on_image(), geometry=TILED)
+
+
+def test_the_largest_budget_holds_for_images_that_have_more() -> None:
+    policy = read(max_budget="50")
+    for said, field in (
+        ({"reduction": {"method": "none"}}, "reduction"),
+        ({"visual_token_budget": 51}, "visual_token_budget"),
+    ):
+        with pytest.raises(
+            SettingsError, match=r"from 1 to 50, by this server's policy"
+        ) as refused:
+            fit(policy, on_image(**said), LARGE)
+        assert refused.value.field == f"{IMAGE}.{field}"
+    whole = on_image(reduction={"method": "none"})
+    assert fit(policy, whole, SMALL) is None
+    assert fit(policy, on_image(), LARGE) == Reduction(budget=50)
+    assert fit(policy, on_image(), SMALL) is None
+
+
+def test_tokens_by_stage_are_averaged_over_what_the_image_has() -> None:
+    """Two of six layers hold the whole image."""
+    said = {"method": "k-norm", "options": {"tokens": [20, 10]}}
+    policy = read(max_budget="39")
+    assert fit(policy, on_image(reduction=said), SMALL) == Reduction.parse(said)  # 22
+    with pytest.raises(SettingsError) as refused:
+        fit(policy, on_image(reduction=said), LARGE)  # 39.3
+    assert (refused.value.field, refused.value.value) == (f"{IMAGE}.reduction.budget", 40)
+
+
+@pytest.mark.parametrize(
+    ("said", "field", "allowed"),
+    [
+        ({"method": "sparsevlm", "budget": 999}, "method", "--reduction-stages 1,2,3"),
+        ({"method": "best", "budget": 9}, "method", "one of"),
+        ({"method": "topk", "budget": 9, "options": {"newlines": 1}}, "options.newlines", "'none'"),
+    ],
+)
+def test_what_no_image_can_have_is_refused_at_once(
+    said: dict[str, Any], field: str, allowed: str
+) -> None:
+    with pytest.raises(SettingsError) as refused:
+        settle(read(), Level(), on_image(reduction=said), geometry=TILED)
+    assert refused.value.field == f"{IMAGE}.reduction.{field}" and allowed in refused.value.allowed
+
+
+@pytest.mark.parametrize(
+    ("said", "field"),
+    [
+        ({"visual_token_budget": 8}, "visual_token_budget"),
+        ({"reduction": {"budget": 8}}, "reduction.budget"),
+        ({"detail": "low"}, "detail"),
+    ],
+)
+def test_what_this_image_cannot_have_is_named_where_it_was_said(
+    said: dict[str, Any], field: str
+) -> None:
+    """With all newlines the larger image is left with nothing else, the smaller one is not."""
+    request = on_request(reduction={"method": "topk", "budget": 80, "options": {"newlines": "all"}})
+    image = on_image(**said)
+    if "reduction" in said:
+        image = on_image(reduction=request.said["reduction"] | said["reduction"])
+    policy = read(max_budget="80", low_budget="8")
+    assert fit(policy, image, SMALL, request).budget == 8
+    with pytest.raises(SettingsError, match="at least 9 for an image of 88 visual tok") as refused:
+        fit(policy, image, LARGE, request)
+    assert (refused.value.field, refused.value.value) == (f"{IMAGE}.{field}", 8)
+
+
+def test_a_default_that_an_image_cannot_keep_is_called_one() -> None:
+    policy = Policy(default_method="pyramiddrop", default_budget=9)
+    geometry = TILED._replace(starts=(1, 2, 4))
+    [wanted] = resolve.settled(policy, Level(), [on_image()], geometry)
+    with pytest.raises(SettingsError) as refused:
+        resolve.fit(policy, wanted, geometry, LARGE)
+    assert refused.value.field == "visual_token_budget"
+    assert refused.value.allowed.endswith("(9 is this server's default)")
+    with pytest.raises(PolicyError, match="default budget 9"):
+        policy.check_model(geometry, LARGE)
+    Policy(default_method="pyramiddrop", default_budget=40, low_budget=40).check_model(
+        geometry, LARGE
+    )

@@ -38,8 +38,11 @@ from ficoco_server.reducer import Reducer, _refuse_prompt_logprobs
 from ficoco_server.serving import _check_stages, _with_report
 from vllm_ficoco.cost import Decoder
 from vllm_ficoco.engine.checks import SCHEDULER
+from vllm_ficoco.models.processing import COUNTS_KEY, RefusedImage
+from vllm_ficoco.packed import Packed
 from vllm_ficoco.settings import Reduction, SettingsError
 from vllm_ficoco.vision.geometry import Geometry
+from vllm_ficoco.vision.layout import Layout, Window
 
 URL = "data:image/png;base64,AAAA"
 
@@ -468,6 +471,172 @@ def test_no_report_without_images(reducer: Reducer) -> None:
 def test_a_report_is_true_or_there_is_none(reducer: Reducer, lengths: tuple[int, ...]) -> None:
     with pytest.raises(RuntimeError, match="visual tokens were due"):
         reducer.report([Reduction(budget=64)], [False], engine_input(*lengths))
+
+
+LARGE = Layout((4, 4), (2, 2), Window(0, 0, 8, 8))
+SMALL = Layout((4, 4), (1, 2), Window(0, 2, 4, 4))
+"""Of 88 and 36 tokens; the tower makes 80 and 48."""
+
+
+@pytest.fixture
+def tiles() -> Reducer:
+    """Of a model in tiles, on a server with stages and small blocks."""
+    made = Reducer.__new__(Reducer)
+    made.policy = Policy()
+    made.geometry = Geometry((4, 4), 6, True, 6, (2, 4), by_image=True)
+    made.decoder = Decoder(6, 256, 640, 4, 4, 64, 2)
+    made.block_size, made.encoder_tokens, made.context = 4, 130, 200
+    return made
+
+
+def asked(reducer: Reducer, *images: Packed, **fields: Any) -> tuple[Any, dict[str, Any]]:
+    """A settled request with so many images, and what the processor would make of it."""
+    request = ChatRequest.model_validate(body(*(image() for _ in images), TEXT, **fields))
+    reducer.settle(request, request.messages)
+    start, places = 10, []
+    for reduction, layout in images:
+        length = reducer.geometry.kept(reduction, layout=layout)
+        places.append(SimpleNamespace(offset=start, length=length))
+        start += length
+    return request, {
+        "prompt_token_ids": [0] * (start + 10),
+        "mm_placeholders": {"image": places},
+        "mm_hashes": {"image": [str(n) for n in range(len(images))]},
+        COUNTS_KEY: list(images),
+    }
+
+
+def test_report_of_images_in_tiles(tiles: Reducer) -> None:
+    reduction = Reduction(method="fastv", budget=50)
+    request, made = asked(
+        tiles,
+        Packed(reduction, LARGE),
+        Packed(None, SMALL),
+        reduction={"method": "fastv", "budget": 50},
+    )
+    settings = tiles.fit(request, made)
+    assert settings == [reduction, None], "the second has fewer tokens"
+    report = tiles.report(settings, [False, False], made)
+    assert report is not None
+    large, small = report["images"]
+    held = large.pop("visual_tokens_by_stage")
+    # (2 * 88 + 4 * 31) / 6 = 50, of which whole blocks of 4 are held.
+    assert held[0] == 88 and held[1] == held[2] and 31 <= held[1] < 31 + 8
+    kept = -(-(2 * 88 + 4 * held[1]) // 6)
+    assert large == {
+        "method": "fastv",
+        "budget": 50,
+        "visual_tokens_before": 88,
+        "visual_tokens_kept": kept,
+    }
+    assert small == {
+        "method": "none",
+        "budget": None,
+        "visual_tokens_before": 36,
+        "visual_tokens_kept": 36,
+        "visual_tokens_by_stage": [36, 36, 36],
+    }
+    assert report["visual_tokens_before"] == 88 + 36
+    assert report["kv_cache_bytes_saved"] == 4 * (88 - held[1]) * 1024
+
+
+def test_the_engine_was_given_what_was_settled(tiles: Reducer) -> None:
+    topk, uniform = (Reduction(method=name, budget=20) for name in ("topk", "uniform"))
+    _, made = asked(tiles, Packed(topk, LARGE))
+    assert tiles.report([topk], [False], made) is not None
+    with pytest.raises(RuntimeError, match="were due"):
+        tiles.report([uniform], [False], made)
+    with pytest.raises(RuntimeError, match="visual tokens were due"):
+        tiles.report([topk, None], [False, False], made)
+    made["mm_placeholders"]["image"][0].length = 21
+    with pytest.raises(RuntimeError, match=r"\[20\] visual tokens were due"):
+        tiles.report([topk], [False], made)
+
+
+def test_prompt_logprobs_go_with_images_that_stay_whole(tiles: Reducer) -> None:
+    said = {"reduction": {"method": "fastv", "budget": 50}, "prompt_logprobs": 1}
+    request, made = asked(tiles, Packed(None, SMALL), **said)
+    assert tiles.fit(request, made) == [None]
+    request, made = asked(tiles, Packed(Reduction(method="fastv", budget=50), LARGE), **said)
+    with pytest.raises(VLLMValidationError, match="leave inside the decoder") as refused:
+        tiles.fit(request, made)
+    assert refused.value.parameter == "prompt_logprobs"
+    assert request._seen.method == INVALID
+
+
+def test_what_an_image_cannot_have_names_the_clients_field(tiles: Reducer) -> None:
+    tiles.policy = Policy(max_budget=50, default_budget=50)
+    request = ChatRequest.model_validate(
+        body(image(), image(reduction={"method": "none"}), TEXT, reduction={"budget": 40})
+    )
+    tiles.settle(request, request.messages)
+    made = {COUNTS_KEY: [Packed(Reduction(budget=40), LARGE), Packed(None, LARGE)]}
+    with pytest.raises(VLLMValidationError, match="from 1 to 50, by this") as refused:
+        tiles.fit(request, made)
+    assert refused.value.parameter == "messages[0].content[1].image_url.reduction"
+    made[COUNTS_KEY][1] = Packed(None, SMALL)
+    assert tiles.fit(request, made) == [Reduction(budget=40), None]
+    error = SettingsError("options.newlines", "all", "left out")
+    named = tiles.refused(request, RefusedImage(0, error, "reduction[0]"))
+    assert named.parameter == "reduction.options.newlines"
+    assert str(named).startswith("reduction.options.newlines = 'all' is not valid")
+
+
+@pytest.mark.parametrize(
+    ("layouts", "enough"),
+    [([LARGE], 79), ([LARGE, SMALL], 128), ([SMALL, SMALL], 96), ([SMALL, None], 51)],
+)
+def test_one_step_encodes_tiles(tiles: Reducer, layouts: list[Layout | None], enough: int) -> None:
+    """What the tower makes of an image, its padding too; one image alone always runs."""
+    reduction = Reduction(method="ficoco-vl", budget=20)
+    settings = [layout and reduction for layout in layouts]
+    images = [Packed(r, layout) for r, layout in zip(settings, layouts, strict=True)]
+    request, made = asked(tiles, *(one for one in images if one.layout))
+    embeds = [layout is None for layout in layouts]
+    if any(embeds):
+        made["mm_placeholders"]["image"].append(SimpleNamespace(offset=100, length=3))
+        made["mm_hashes"]["image"].append("embeds")
+        made[COUNTS_KEY].append(Packed())
+    tiles.encoder_tokens = enough
+    tiles.refuse_too_many(request, settings, embeds, made)
+    tiles.encoder_tokens = enough - 1
+    if len(layouts) == 1:
+        return tiles.refuse_too_many(request, settings, embeds, made)
+    with pytest.raises(VLLMValidationError, match="encoded in one step") as refused:
+        tiles.refuse_too_many(request, settings, embeds, made)
+    assert refused.value.parameter == "messages"
+    for said in (f"2 images of {enough} visual", f"images of {enough - 1} visual", "ficoco-vl"):
+        assert said in str(refused.value)
+    made["mm_hashes"]["image"] = ["the same"] * 2
+    tiles.refuse_too_many(request, settings, embeds, made)
+
+
+@pytest.mark.parametrize(
+    ("policy", "room", "said"),
+    [
+        ({}, 36 * 3 + 2 * 80 + 1, "visual_token_budget 80 or less"),
+        ({}, 36 * 3 + 2 * 36, "visual_token_budget 36 or less"),
+        ({}, 36 * 3 + 2 * 36 - 1, "visual_token_budget 35 or less"),
+        ({"max_budget": 50}, 36 * 3 + 2 * 80, "visual_token_budget 50 or less"),
+        ({"min_budget": 40}, 36 * 3 + 2 * 40, "visual_token_budget 40 or less"),
+        ({"min_budget": 40}, 36 * 3 + 79, "budget of this server, 40, at most 4 images"),
+        ({"min_budget": 40}, -5, "at most 0 images"),
+    ],
+)
+def test_the_budget_that_fits_leaves_small_images_whole(
+    tiles: Reducer, policy: dict[str, int], room: int, said: str
+) -> None:
+    tiles.policy = Policy(**policy)
+    assert said in tiles._what_would_fit([None] * 5, [LARGE, SMALL, SMALL, LARGE, SMALL], room)
+
+
+def test_a_budget_that_fits_can_be_reached(tiles: Reducer) -> None:
+    """ToMe halves at most, six times; a tile of 16 tokens in a tower of one layer, once."""
+    tiles.geometry = tiles.geometry._replace(layers=1)
+    tiles.policy = Policy(default_method="tome")
+    assert "visual_token_budget 60" in tiles._what_would_fit([None], [LARGE], 60)
+    fits = tiles._what_would_fit([None], [LARGE], 30)
+    assert '"budget": 30' in fits and "tome" not in fits
 
 
 def test_settings_hidden_in_mm_processor_kwargs(reducer: Reducer) -> None:
