@@ -230,6 +230,13 @@ class ReducingProcessor:
         processed = super()._apply_hf_processor_main(mm_items, _without_ours(hf_kwargs))  # type: ignore[misc]
         settled = self._settled(hf_kwargs, mm_items)
         if any(packed.layout for packed in settled):
+            if self.geometry.by_image and any(packed.reduction for packed in settled):
+                # Images of a prompt are padded with empty tiles to the largest of them: nobody
+                # needs those of a reduced one.
+                processed["pixel_values"] = [
+                    pixels[: packed.layout.inputs] if packed.reduction and packed.layout else pixels
+                    for pixels, packed in zip(processed["pixel_values"], settled, strict=True)
+                ]
             processed[PACKED_FIELD] = [
                 pack(packed.reduction, packed.layout if self.geometry.by_image else None)
                 for packed in settled
