@@ -22,7 +22,14 @@ python3 -m venv "$folder/venv" || exit 2
 # pip may pair the CPU build of torch with a torchvision for GPUs, which cannot be imported beside it.
 "$folder/venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec || exit 2
 cat > "$folder/count.py" <<'PY'
+import sys
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+# vLLM's LLaVA files import it by way of a processor that is not used here.
+for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.v2"):
+    sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
 
 from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
