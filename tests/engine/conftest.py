@@ -20,10 +20,10 @@ BLOCK = 32
 NEW_TOKENS = 16
 
 
-def picture(seed: int) -> Image.Image:
-    """Random colours in 12 x 12 squares, one a patch."""
+def picture(seed: int, size: tuple[int, int] = (168, 168)) -> Image.Image:
+    """Random colours in 12 x 12 squares, one a patch of LLaVA-1.5's; size is width and height."""
     squares = np.random.default_rng(seed).integers(0, 255, (12, 12, 3), dtype=np.uint8)
-    return Image.fromarray(squares).resize((168, 168), Image.Resampling.BICUBIC)
+    return Image.fromarray(squares).resize(size, Image.Resampling.BICUBIC)
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,14 @@ class Ask:
     settings: Sequence[dict[str, Any] | None] = ()
     question: str = "what color is the circle ?"
     sampling: dict[str, Any] = field(default_factory=dict)
+    sizes: Sequence[tuple[int, int]] = ()
+    """Width and height of the images, where they are not LLaVA-1.5's."""
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        if not self.sizes:
+            return [picture(seed) for seed in self.images]
+        return [picture(*image) for image in zip(self.images, self.sizes, strict=True)]
 
     @property
     def prompt(self) -> str:
@@ -43,7 +51,7 @@ class Ask:
     def for_vllm(self) -> dict[str, Any]:
         request: dict[str, Any] = {"prompt": self.prompt}
         if self.images:
-            request["multi_modal_data"] = {"image": [picture(seed) for seed in self.images]}
+            request["multi_modal_data"] = {"image": self.pictures}
         if any(self.settings):
             request["mm_processor_kwargs"] = {"reduction": list(self.settings)}
         return request
@@ -112,9 +120,21 @@ class Engine:
             use_tqdm=False,
         )
 
-    def add(self, ask: Ask, name: str, **sampling: Any) -> None:
+    def add(self, ask: Ask, name: str, rendered: Any = None, **sampling: Any) -> None:
         """Queue a request without running it."""
-        self.llm.llm_engine.add_request(name, ask.for_vllm, self.params(**ask.sampling, **sampling))
+        params = self.params(**ask.sampling, **sampling)
+        self.llm.llm_engine.add_request(name, rendered or ask.for_vllm, params)
+
+    def rendered(self, ask: Ask) -> Any:
+        """What the multimodal processor makes of a request for the engine."""
+        return self.llm._preprocess_cmpl_one(ask.for_vllm)
+
+    def finished(self) -> dict[str, Any]:
+        """Runs all that was added to the end: the outputs by name."""
+        outputs = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            outputs |= {o.request_id: o for o in self.llm.llm_engine.step() if o.finished}
+        return outputs
 
     def held(self, name: str) -> tuple[int, int]:
         """(tokens, blocks) of KV cache that a running request holds now."""

@@ -25,7 +25,6 @@ from tests.engine.conftest import (
     Engine,
     check_samples,
     make_engine,
-    picture,
 )
 from tests.reference.decoder import CHOOSE, Answer, Choose, answer
 from tests.reference.llava import ReferenceLlava
@@ -102,24 +101,29 @@ VISION = {"ficoco-vl": "ficoco-v", "vitcop": "topk"}
 """What methods in both places do in the tower."""
 
 
-def expected(reference: ReferenceLlava, ask: Ask, block: int = BLOCK) -> Answer:
+def expected(
+    reference: ReferenceLlava, ask: Ask, block: int = BLOCK, stages: Sequence[int] = STAGES
+) -> Answer:
     """What the reference says to a request, with so many tokens to a KV block."""
     visual, choose, kept, grid = [], [], [], []
-    for seed, settings in zip(ask.images, ask.settings, strict=True):
+    for image, settings in zip(ask.pictures, ask.settings, strict=True):
         settings = settings or {"method": "none"}
         method, options = settings["method"], dict(settings.get("options", {}))
         tokens = options.pop("tokens", None) or BUDGETS.get((method, settings.get("budget")), [])
         in_tower = VISION.get(method, "none") if method in CHOOSE else method
         budget = tokens[0] if method in VISION else settings.get("budget", 0)
-        visual.append(reference.visual_tokens(picture(seed), in_tower, budget))
+        of_vision = {k: options.pop(k) for k in [*options] if k == "newlines" or not tokens}
+        visual.append(reference.visual_tokens(image, in_tower, budget, of_vision))
         grid.append(reference.place)
         choose.append(None)
-        kept.append([len(visual[-1])] * len(STAGES))
+        kept.append([len(visual[-1])] * len(stages))
         if method in CHOOSE:
             if method == "random-decoder":
                 options["pixels"] = reference.pixels
+            if method == "vitcop":
+                options["spots"] = dict(zip(reference.place, reference.spots, strict=True))
             in_decoder = tokens[1:] if method in VISION else tokens
-            kept[-1] = in_decoder + in_decoder[-1:] * (len(STAGES) - len(in_decoder))
+            kept[-1] = in_decoder + in_decoder[-1:] * (len(stages) - len(in_decoder))
             choose[-1] = partial(chosen_at, method, options)
         if method == "vitcop":  # published at layers 2 and 22 of 32: stages 1 and 3 here
             kept[-1] = [tokens[1], tokens[1], tokens[2]]
@@ -129,7 +133,7 @@ def expected(reference: ReferenceLlava, ask: Ask, block: int = BLOCK) -> Answer:
             held_of(Run(*place), tokens[stage], block, len(embeds)) if method else place[1]
             for place, tokens, method in zip(places, kept, choose, strict=True)
         ]
-        for stage, layer in enumerate(STAGES)
+        for stage, layer in enumerate(stages)
     }
     length = ask.sampling.get("max_tokens", NEW_TOKENS)
     return answer(reference.model, embeds, places, keep, choose, grid, length)

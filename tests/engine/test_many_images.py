@@ -84,14 +84,6 @@ def many(images: Sequence[int], **sampling: Any) -> Ask:
     return Ask(images, settings, sampling={**FIRST_LOGITS, **sampling})
 
 
-def finished(engine: Engine) -> dict[str, Any]:
-    """Runs all that was added to the end: the outputs by name."""
-    outputs = {}
-    while engine.llm.llm_engine.has_unfinished_requests():
-        outputs |= {o.request_id: o for o in engine.llm.llm_engine.step() if o.finished}
-    return outputs
-
-
 def check(reference: ReferenceLlava, ask: Ask, output: Any) -> None:
     """Tokens and first logits are those of a loop that counts its own positions."""
     visual = [
@@ -120,7 +112,7 @@ def test_a_step_encodes_no_more_images_than_if_they_were_whole(
     engine.llm.llm_engine.step()
     with watched(engine) as steps:
         engine.add(ask, "many")
-        outputs = finished(engine)
+        outputs = engine.finished()
     encoding = [sum(map(len, step.images.values())) for step in steps]
     assert max(encoding) == AT_ONCE and sum(encoding) == 28
     while_many_ran = [step for step in steps if "many" in step.tokens]
@@ -140,7 +132,7 @@ def test_requests_share_what_a_step_encodes(engine: Engine, reference: Reference
     with watched(engine) as steps:
         for i, ask in enumerate([whole, *asks]):
             engine.add(ask, f"share{i}")
-        outputs = finished(engine)
+        outputs = engine.finished()
     encoding = [sum(map(len, step.images.values())) for step in steps]
     assert max(encoding) == AT_ONCE and sum(encoding) == 20
     whole = Ask(

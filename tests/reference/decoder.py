@@ -157,20 +157,25 @@ def ficoco_l(
     return {image[j]: row for j, row in zip(stays, total / weight[:, None], strict=True)}
 
 
-def vitcop(look: Look, keep: int, side: int = 12) -> Chosen:
+def vitcop(
+    look: Look, keep: int, side: int = 12, spots: dict[int, tuple[float, float]] | None = None
+) -> Chosen:
     """The second place of ViTCoP, algorithms 2 and 3; what rounding leaves over goes to clusters
-    in the order of their next token: nearest to its quota, then shortest key."""
+    in the order of their next token: nearest to its quota, then shortest key.
+
+    Places are on a square of a side, or where ``spots`` says.
+    """
     rows, n = look.image, len(look.image)
     hidden, length = look.hidden[rows], look.key[rows].square().sum((1, 2)).sqrt()
     apart = torch.cdist(hidden, hidden, compute_mode="donot_use_mm_for_euclid_dist")
-    spots = torch.tensor([(p // side / side, p % side / side) for p in look.places])
+    where = [spots[p] if spots else (p // side / side, p % side / side) for p in look.places]
     density = [sum(math.exp(-((float(apart[i, j]) / 8) ** 2)) for j in range(n) if j != i)
                for i in range(n)]  # fmt: skip
     count = min(keep, math.ceil(keep * 0.1))
     parent, distance = [-1] * n, [math.inf] * n
     for i in range(n):
         for j in range(n):
-            near = math.dist(spots[i].tolist(), spots[j].tolist()) <= 0.6
+            near = math.dist(where[i], where[j]) <= 0.6
             if density[j] > density[i] and near and apart[i, j] < distance[i]:
                 distance[i], parent[i] = float(apart[i, j]), j
     importance = [
@@ -250,7 +255,7 @@ def answer(
     """Greedy generation.
 
     Args:
-        model: Hugging Face's LLaVA.
+        model: Hugging Face's LLaVA, of any family.
         embeds: (T, D), the prompt with its images.
         images: start and end of each.
         keep: by layer, tokens of each image that stay from there on.

@@ -16,39 +16,52 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from tests.reference.methods import PLACE, PROPORTIONAL, reduce_one, stages
 
 
-class ReferenceLlava:
-    """A checkpoint in float32 that answers with a reduction of each image."""
+class ReferenceTower:
+    """The tower of a LLaVA, one input at a time: an image, its thumbnail or one of its tiles."""
 
-    def __init__(self, path: str) -> None:
-        self.model = LlavaForConditionalGeneration.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        self.processor = AutoProcessor.from_pretrained(path)
-        config = self.model.config
+    def __init__(self, model: torch.nn.Module) -> None:
+        config = model.config
         vision = config.vision_config
         self.side = vision.image_size // vision.patch_size
         self.has_cls = vision.model_type == "clip_vision_model"
         self.layers = vision.num_hidden_layers + config.vision_feature_layer + 1
-        self.tower = self.model.model.vision_tower
-        self.tower = getattr(self.tower, "vision_model", self.tower)
+        self.looked: list[tuple[Tensor, Tensor]] = []
+        tower = model.model.vision_tower
+        self.model = getattr(tower, "vision_model", tower)
 
-    @torch.no_grad()
-    def visual_tokens(
-        self, image: Image.Image, method: str = "none", budget: int = 0, options: dict | None = None
-    ) -> Tensor:
-        """(kept, hidden size of the decoder); ``self.place`` then has their grid places,
-        ``self.pixels`` the image."""
-        pixels = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
-        x = self.tower.embeddings(pixels)
-        if hasattr(self.tower, "pre_layrnorm"):
-            x = self.tower.pre_layrnorm(x)
-        x, first, n = x[0], int(self.has_cls), self.side**2
-        reduce = method != "none" and budget < n
-        keep_after = dict(stages(method, n, budget, self.layers)) if reduce else {}
-        place = list(range(n))
-        size = [1.0] * n
+    def __call__(
+        self,
+        pixels: Tensor,
+        method: str = "none",
+        keep: int = 0,
+        options: dict | None = None,
+        grid: tuple[int, int] | None = None,
+        among: list[int] | None = None,
+    ) -> tuple[Tensor, list[int]]:
+        """(kept, D), what LLaVA takes of the tower, and the places of its tokens on the grid.
+
+        ``self.looked`` then has the queries and keys of every layer.
+
+        Args:
+            pixels: (3, height, width).
+            method: a reduction.
+            keep: to how many tokens; what has no more is left as it is.
+            options: of the method.
+            grid: rows and columns of the places that are seen, default all of the tower.
+            among: these places: the others are cut off behind the last layer, before a method that
+                works on its output.
+        """
+        x = self.model.embeddings(pixels[None])
+        if hasattr(self.model, "pre_layrnorm"):
+            x = self.model.pre_layrnorm(x)
+        x, first, n, self.looked = x[0], int(self.has_cls), self.side**2, []
+        grid, among = grid or (self.side, self.side), among or list(range(n))
+        reduce = method != "none" and keep < len(among)
+        keep_after = dict(stages(method, len(among), keep, self.layers)) if reduce else {}
+        place = list(range(len(among)))
+        size = [1.0] * len(among)
         for i in range(self.layers):
-            layer = self.tower.encoder.layers[i]
+            layer = self.model.encoder.layers[i]
             attention, y = layer.self_attn, layer.layer_norm1(x)
             heads = attention.num_heads
             q, k, v = (
@@ -56,6 +69,7 @@ class ReferenceLlava:
                 for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
             scale = q.shape[-1] ** -0.5
+            self.looked.append((q, k))
             scores = q @ k.transpose(-1, -2) * scale
             if reduce and method in PROPORTIONAL:
                 scores = scores + torch.tensor([1.0] * first + size).log()
@@ -65,19 +79,44 @@ class ReferenceLlava:
             def mlp(x: Tensor, layer=layer) -> Tensor:
                 return x + layer.mlp(layer.layer_norm2(x))
 
-            here = i in keep_after
-            if here and PLACE[method] == "output":
+            before_mlp = i in keep_after and PLACE[method] == "tower"
+            if not before_mlp:
                 x = mlp(x)
-            if here:
+            if i == self.layers - 1 and len(among) < n:
+                seen = [*range(first), *(first + p for p in among)]
+                x, q, k = x[seen], q[:, seen], k[:, seen]
+            if i in keep_after:
                 hidden, place, size = reduce_one(
                     method, options or {}, x[first:], q, k, scale, self.has_cls,
-                    (self.side, self.side), place, size, keep_after[i], pixels[0],
+                    grid, place, size, keep_after[i], pixels,
                 )  # fmt: skip
                 x = torch.cat([x[:first], hidden.to(x.dtype)])
-            if not (here and PLACE[method] == "output"):
+            if before_mlp:
                 x = mlp(x)
-        self.place, self.pixels = place, pixels[0]
-        return self.model.model.multi_modal_projector(x[first:])
+        return x[first:], [among[p] for p in place]
+
+
+class ReferenceLlava:
+    """A checkpoint in float32 that answers with a reduction of each image."""
+
+    def __init__(self, path: str) -> None:
+        self.model = LlavaForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.processor = AutoProcessor.from_pretrained(path)
+        self.tower = ReferenceTower(self.model)
+
+    @torch.no_grad()
+    def visual_tokens(
+        self, image: Image.Image, method: str = "none", budget: int = 0, options: dict | None = None
+    ) -> Tensor:
+        """(kept, hidden size of the decoder); ``self.place`` then has their grid places, the same
+        in sides of the image are ``self.spots``, and ``self.pixels`` is the image."""
+        pixels = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
+        hidden, self.place = self.tower(pixels[0], method, budget, options)
+        self.pixels, side = pixels[0], self.tower.side
+        self.spots = [(place // side / side, place % side / side) for place in self.place]
+        return self.model.model.multi_modal_projector(hidden)
 
     @torch.no_grad()
     def embed(self, prompt: str, visual: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
