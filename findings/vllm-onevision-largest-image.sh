@@ -23,15 +23,15 @@ python3 -m venv "$folder/venv" || exit 2
 "$folder/venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec || exit 2
 cat > "$folder/count.py" <<'PY'
 import sys
-from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
-# vLLM's LLaVA files import it by way of a processor that is not used here.
-for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.v2"):
-    sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
+from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig, image_utils
 
-from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
+# It has seen that there is no torchvision. vLLM's LLaVA files import a processor with it that is not used here.
+assert not image_utils.is_torchvision_available()
+for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.v2"):
+    sys.modules[name] = MagicMock()
 
 from vllm.model_executor.models.llava_onevision import LlavaOnevisionProcessingInfo
 
