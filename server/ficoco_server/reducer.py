@@ -32,12 +32,15 @@ from vllm_ficoco.vision.layout import Layout
 class Reducer:
     """What is known at the start: the policy, the model's geometry and what a token costs."""
 
-    def __init__(self, vllm_config: Any, policy: Policy, processor: Any) -> None:
+    def __init__(
+        self, vllm_config: Any, policy: Policy, processor: Any, largest_item: int = 0
+    ) -> None:
         """
         Args:
             vllm_config: of the server.
             policy: of the server.
             processor: the model's, of vLLM's renderer; None where it takes no images.
+            largest_item: tokens for which vLLM has room whatever else was set.
 
         Raises:
             PolicyError: the model cannot do what the policy says.
@@ -73,9 +76,8 @@ class Reducer:
             self.most_inputs = max(processor.layout_of(w, h).inputs for h, w in pinpoints)
         elif not self.geometry.unsupported:
             self.largest = self.geometry.layout
-        self.encoder_tokens: int = max(  # as vLLM: of one image there is always room
-            vllm_config.scheduler_config.max_num_encoder_input_tokens,
-            self.largest.tokens if self.largest else 0,
+        self.encoder_tokens: int = max(  # as vLLM: of one image, or video, there is always room
+            vllm_config.scheduler_config.max_num_encoder_input_tokens, largest_item
         )
         """Visual tokens that a step may put through the tower."""
         policy.check_model(self.geometry, self.largest)
@@ -206,11 +208,18 @@ class Reducer:
         ]
         if not reading:
             return
-        places, hashes = (engine_input[key]["image"] for key in ("mm_placeholders", "mm_hashes"))
+        places, hashes = engine_input["mm_placeholders"], engine_input["mm_hashes"]
         layouts = self._layouts(embeds, engine_input)
         encoded = {  # an image that comes twice is encoded once, embeddings are not
-            one: max(place.length, layout.encoded) if layout else place.length
-            for one, place, layout in zip(hashes, places, layouts, strict=True)
+            one: max(place.length, min(layout.encoded, self.encoder_tokens))
+            if layout
+            else place.length
+            for one, place, layout in zip(hashes["image"], places["image"], layouts, strict=True)
+        }
+        others = {  # a video, say
+            one: place.length
+            for kind in places.keys() - {"image"}
+            for one, place in zip(hashes[kind], places[kind], strict=True)
         }
         fit = self.geometry.images_at_once(self.encoder_tokens)
         most = fit * self.geometry.tokens
@@ -219,8 +228,11 @@ class Reducer:
             most = self.encoder_tokens
             value += f" of {sum(encoded.values())} visual tokens in the tower"
             allowed = f"images of {most} visual tokens there, padding of tiles included,"
+        if others:
+            value += f" beside {sum(others.values())} tokens of {_counted(len(others), 'video')}"
+            allowed = f"{allowed} videos counted as well,"
         # One image alone is always encoded.
-        if len(encoded) > 1 and sum(encoded.values()) > most:
+        if sum(encoded.values()) + sum(others.values()) > most:
             error = SettingsError(
                 request.turns,
                 value,

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_ficoco import schedule
-from vllm_ficoco.methods.paradigm import Evidence, Method, Tokens, VisionOptions, highest
+from vllm_ficoco.methods.paradigm import Evidence, Method, Options, Tokens, VisionOptions, highest
 
 # Odd 64-bit constants of the splitmix64 generator, written as signed integers.
 _STEP = -7046029254386353131
@@ -23,11 +23,15 @@ _MIX_1 = -4658895280553007687
 _MIX_2 = -7723592293110705685
 
 
-class RandomOptions(VisionOptions):
-    """Options of random."""
+class Seeded(Options):
+    """Options of methods that draw lots."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Another seed draws other tokens of the same image."""
+
+
+class RandomOptions(Seeded, VisionOptions):
+    """Options of random."""
 
 
 def mix(x: Tensor) -> Tensor:

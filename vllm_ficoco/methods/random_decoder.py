@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vllm_ficoco.methods.decoding import DecoderEvidence, DecoderOptions, in_decoder
 from vllm_ficoco.methods.paradigm import DecoderPart, Steps, Tokens, highest
-from vllm_ficoco.methods.random import RandomOptions, draw
+from vllm_ficoco.methods.random import Seeded, draw
 
 
-class RandomDecoderOptions(RandomOptions, DecoderOptions):
+class RandomDecoderOptions(Seeded, DecoderOptions):
     """Options of random-decoder."""
 
 

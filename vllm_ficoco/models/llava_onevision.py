@@ -6,6 +6,8 @@ Its images; videos are as in vLLM.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionDummyInputsBuilder,
     LlavaOnevisionForConditionalGeneration,
@@ -19,18 +21,29 @@ from vllm_ficoco.models.llava_next import TiledModel, TiledProcessor
 
 
 class ReducingLlavaOnevisionInfo(LlavaOnevisionProcessingInfo):
-    """vLLM's, which takes the largest image for one that lies.
+    """vLLM's, which takes one size for that of the largest image, whatever the configuration.
 
-    One that stands has more rows, each with a newline: vLLM reserves too little for it and refuses
-    it.
+    That one lies. One that stands has more rows, each with a newline: vLLM reserves too little for
+    it and refuses it.
     """
 
     def get_image_size_with_most_features(self) -> ImageSize:
-        lying = super().get_image_size_with_most_features()
-        standing = ImageSize(width=lying.height, height=lying.width)
+        return self._largest
+
+    @cached_property
+    def _largest(self) -> ImageSize:
+        """Of all images that fill a grid of tiles, but for some rows or columns of patches."""
+        encoder = self.get_vision_encoder_info()
+        side, pixels = encoder.get_patch_grid_length(), encoder.get_image_size()
+        cuts = [patches * pixels // side for patches in range(side)]
+        sizes = [
+            ImageSize(*size)
+            for height, width in self.get_hf_config().image_grid_pinpoints
+            for cut in cuts
+            for size in ((width, height - cut), (width - cut, height))
+        ]
         return max(
-            lying,
-            standing,
+            (super().get_image_size_with_most_features(), *sizes),
             key=lambda size: self.get_num_image_tokens(
                 image_width=size.width, image_height=size.height
             ),

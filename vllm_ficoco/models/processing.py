@@ -55,6 +55,22 @@ def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
     return {k: v for k, v in kwargs.items() if k not in (BUDGET_KEY, REDUCTION_KEY)}
 
 
+def _own_tiles(pixels: Any, packed: Packed) -> Any:
+    """An image's thumbnail and tiles, (inputs, 3, height, width).
+
+    Raises:
+        VLLMValidationError: there are fewer, as processor options of the request can have it.
+    """
+    assert packed.layout is not None
+    if len(pixels) < packed.layout.inputs:
+        raise VLLMValidationError(
+            f"An image to reduce was cut into {len(pixels)} tiles, where the model cuts it into "
+            f"{packed.layout.inputs}: leave out what changes that.",
+            parameter="mm_processor_kwargs",
+        )
+    return pixels[: packed.layout.inputs]
+
+
 class RefusedImage(VLLMValidationError):
     """Settings that one image, by its size, cannot follow; vLLM answers with a 400."""
 
@@ -137,10 +153,16 @@ class ReducingProcessor:
             RefusedImage: a budget cannot be reached.
         """
         asked = self._asked(kwargs, items)
-        if not asked or self.geometry.unsupported:
-            return [Packed()] * len(asked)
-        images: Any = items["image"]
+        images: Any = items["image"] if asked else ()
         if isinstance(images, ImageEmbeddingItems):
+            for image in range(len(asked)):
+                if not images.get_feature_size(image):  # vLLM would look for it in vain
+                    raise VLLMValidationError(
+                        f"Image {image} comes as embeddings without any row: it must have one for "
+                        "every visual token.",
+                        parameter="image_embeds",
+                    )
+        if self.geometry.unsupported or isinstance(images, ImageEmbeddingItems):
             return [Packed()] * len(asked)
         key = BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
         listed = isinstance(kwargs.get(key), Sequence)
@@ -234,7 +256,7 @@ class ReducingProcessor:
                 # Images of a prompt are padded with empty tiles to the largest of them: nobody
                 # needs those of a reduced one.
                 processed["pixel_values"] = [
-                    pixels[: packed.layout.inputs] if packed.reduction and packed.layout else pixels
+                    _own_tiles(pixels, packed) if packed.reduction else pixels
                     for pixels, packed in zip(processed["pixel_values"], settled, strict=True)
                 ]
             processed[PACKED_FIELD] = [

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -182,21 +183,44 @@ class Geometry(NamedTuple):
         try:
             return _plan(self, layout, active, into_decoder)
         except ValueError as error:
-            allowed = str(error)
+            allowed, value = str(error), active.budget
             if layout.is_tiled:  # what a tile needs says little: name what the image needs
                 smallest = self._smallest(active, into_decoder, layout)
                 allowed = f"at least {smallest} for an image of {layout.tokens} visual tokens"
-            raise SettingsError(field, active.budget, allowed) from None
+            if active.budget is None:
+                field, value = _beside(field, "options.tokens"), active.options["tokens"]
+                allowed = f"numbers of which the first is {allowed}"
+            raise SettingsError(field, value, allowed) from None
 
     def _smallest(self, reduction: Reduction, below: int, layout: Layout) -> int:
-        """The smallest number of tokens above another one that can be left of an image."""
-        for count in range(below + 1, layout.tokens):
+        """What an image needs: the smallest budget that can be kept; where none is given, the
+        smallest number of tokens that can enter the decoder.
+
+        Args:
+            reduction: its settings, which cannot be followed.
+            below: how many tokens would enter the decoder.
+            layout: the image's.
+        """
+
+        def can_keep(count: int) -> bool:
             try:
                 _plan(self, layout, reduction, count)
             except ValueError:
-                continue
+                return False
+            return True
+
+        counts = (count for count in range(below + 1, layout.tokens) if can_keep(count))
+        count = next(counts, layout.tokens)
+        if reduction.budget is None or reduction.spec.decoder is None:
             return count
-        return layout.tokens
+
+        def entering(budget: int) -> int:
+            of_more = reduction.model_copy(update={"budget": budget})
+            return self.held(of_more, layout=layout)[0]
+
+        budgets = range(reduction.budget + 1, layout.tokens)
+        fitting = budgets[bisect_left(budgets, count, key=entering) :]
+        return next((budget for budget in fitting if can_keep(entering(budget))), layout.tokens)
 
     def stages(
         self, reduction: Reduction, field: str = "budget", layout: Layout | None = None

@@ -52,13 +52,10 @@ class Raster(NamedTuple):
         behind = number - rows * columns
         row, column = behind // (self.columns + 1), behind % (self.columns + 1)
         in_thumbnail = torch.stack([(number // columns) / rows, (number % columns) / columns], -1)
-        in_tiles = torch.stack(
-            [
-                (row - self.window.top) / max(self.window.rows, 1),
-                (column - self.window.left) / max(self.window.columns, 1),
-            ],
-            -1,
-        )
+        right = (column - self.window.left) / max(self.window.columns, 1)
+        right = torch.where(column == self.columns, 1.0, right)  # padding may be before it
+        down = (row - self.window.top) / max(self.window.rows, 1)
+        in_tiles = torch.stack([down, right], -1)
         return torch.where((behind < 0)[..., None], in_thumbnail, in_tiles)
 
 
