@@ -22,9 +22,16 @@ python3 -m venv "$folder/venv" || exit 2
 # pip may pair the CPU build of torch with a torchvision for GPUs, which cannot be imported beside it.
 "$folder/venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec || exit 2
 cat > "$folder/count.py" <<'PY'
+import sys
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
-from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
+from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig, image_utils
+
+# It has seen that there is no torchvision. vLLM's LLaVA files import a processor with it that is not used here.
+assert not image_utils.is_torchvision_available()
+for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.v2"):
+    sys.modules[name] = MagicMock()
 
 from vllm.model_executor.models.llava_onevision import LlavaOnevisionProcessingInfo
 
