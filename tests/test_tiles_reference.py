@@ -12,6 +12,7 @@ import torch
 
 from tests.checkpoints import random_llava_next, random_llava_onevision
 from tests.engine.conftest import NEW_TOKENS, picture
+from tests.reference.llava import one_thread
 from tests.reference.tiles import ReferenceTiles
 
 SHAPES = {
@@ -37,6 +38,7 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("shapes", [[shape] for shape in SHAPES] + [["tiny", "tall"]])
+@one_thread()
 def test_unreduced_it_is_transformers(reference: ReferenceTiles, shapes: list[str]) -> None:
     """Sixteen greedy tokens and the length of the prompt."""
     images = [picture(seed, SHAPES[shape]) for seed, shape in enumerate(shapes)]
@@ -53,6 +55,7 @@ def test_unreduced_it_is_transformers(reference: ReferenceTiles, shapes: list[st
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@one_thread()
 def test_with_all_parts_kept_it_is_transformers(reference: ReferenceTiles, shape: str) -> None:
     width, height = SHAPES[shape]
     whole = reference.visual_tokens(picture(1, (width, height)))

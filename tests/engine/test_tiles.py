@@ -20,6 +20,7 @@ from tests.engine.conftest import Ask, Engine, make_engine, picture
 from tests.engine.test_decoder_stages import STAGED, STAGES, VISION, expected, wish
 from tests.engine.test_stage_variants import interpreted
 from tests.reference.decoder import CHOOSE
+from tests.reference.llava import one_thread
 from tests.reference.tiles import ReferenceTiles
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.packed import PACKED_FIELD, Packed, pack
@@ -135,6 +136,7 @@ def in_the_decoder() -> list[Ask]:
     ]
 
 
+@one_thread()
 def counts(reference: ReferenceTiles) -> dict[str, int]:
     """Visual tokens of images of the sizes above."""
     return {size: len(reference.visual_tokens(picture(0, SIZES[size]))) for size in SIZES}
@@ -148,7 +150,8 @@ def check(
     times: int = 1,
 ) -> list[Any]:
     """All in one batch, perhaps again: what comes out, the last time."""
-    truths = [expected(reference, ask, engine.block, stages) for ask in asks]
+    with one_thread():
+        truths = [expected(reference, ask, engine.block, stages) for ask in asks]
     tokens = counts(reference)
     for _ in range(times):
         free = engine.free_blocks

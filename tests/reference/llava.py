@@ -8,12 +8,29 @@ model is Hugging Face's own, greedy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from tests.reference.methods import PLACE, PROPORTIONAL, reduce_one, stages
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A reference is thousands of small operations, which wait for threads more than they run.
+
+    An engine in this process may have bound its threads to few cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class ReferenceTower:
