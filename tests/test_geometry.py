@@ -9,7 +9,10 @@ import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PixtralVisionConfig
 from transformers import SiglipVisionConfig as SigLIP
 
-from vllm_ficoco.vision.geometry import UnsupportedModel, geometry_of
+from vllm_ficoco.methods import METHODS
+from vllm_ficoco.settings import Reduction, SettingsError
+from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
+from vllm_ficoco.vision.layout import Layout, Window
 
 
 def llava(vision: Any = None, **said: Any) -> LlavaConfig:
@@ -49,3 +52,47 @@ def test_siglip_has_no_cls() -> None:
 def test_unsupported(config: Any, says: str) -> None:
     with pytest.raises(UnsupportedModel, match=says.replace("[", r"\[")):
         geometry_of(config)
+
+
+NEXT = Geometry((24, 24), 23, True, 32, (4, 8, 16), by_image=True)
+SQUARE = Layout((24, 24), (2, 2), Window(0, 0, 48, 48))
+"""Of 672 x 672 pixels in LLaVA-1.6: 48 newlines."""
+
+
+@pytest.mark.parametrize(
+    ("method", "budget"), [("topk", 20), ("ficoco-v", 1), ("ficoco-vl", 1), ("vitcop", 2)]
+)
+def test_what_is_named_as_the_smallest_budget_is_it(method: str, budget: int) -> None:
+    """Also where a budget is an average over the decoder's layers."""
+
+    def asked(budget: int) -> Reduction:
+        options = {"newlines": "all"}
+        return Reduction(method=method, budget=budget, options=options)
+
+    with pytest.raises(SettingsError, match="at least") as refused:
+        NEXT.kept(asked(budget), layout=SQUARE)
+    assert (refused.value.field, refused.value.value) == ("budget", budget)
+    named = int(refused.value.allowed.split()[2])
+    assert named > budget
+    assert NEXT.kept(asked(named), layout=SQUARE) > SQUARE.newlines
+    with pytest.raises(SettingsError, match=f"at least {named} for"):
+        NEXT.kept(asked(named - 1), layout=SQUARE)
+
+
+def test_tokens_that_are_too_few_are_named_as_such() -> None:
+    tokens = [20, 9, 4, 1]
+    reduction = Reduction(method="ficoco-vl", options={"tokens": tokens, "newlines": "all"})
+    with pytest.raises(SettingsError, match="the first is at least 49 for") as refused:
+        NEXT.kept(reduction, "reduction.budget", SQUARE)
+    assert (refused.value.field, refused.value.value) == ("reduction.options.tokens", tokens)
+
+
+def test_newlines_are_refused_where_there_are_none() -> None:
+    """In a model of one layout; and they are no option of methods in the decoder alone."""
+    fixed = Geometry((24, 24), 23, True, 32, (2,))
+    with pytest.raises(SettingsError, match="no newline tokens in this model") as refused:
+        fixed.kept(Reduction(budget=64, options={"newlines": "all"}), "reduction.budget")
+    assert refused.value.field == "reduction.options.newlines"
+    for method in (name for name, m in METHODS.items() if m.place == "nowhere"):
+        with pytest.raises(SettingsError, match="left out; known here"):
+            Reduction.parse({"method": method, "budget": 64, "options": {"newlines": "all"}})

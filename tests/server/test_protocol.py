@@ -582,6 +582,11 @@ def test_what_an_image_cannot_have_names_the_clients_field(tiles: Reducer) -> No
     assert str(named).startswith("reduction.options.newlines = 'all' is not valid")
 
 
+def made_of(tokens: int) -> Any:
+    """A place in a prompt."""
+    return SimpleNamespace(offset=200, length=tokens)
+
+
 @pytest.mark.parametrize(
     ("layouts", "enough"),
     [([LARGE], 79), ([LARGE, SMALL], 128), ([SMALL, SMALL], 96), ([SMALL, None], 51)],
@@ -609,6 +614,9 @@ def test_one_step_encodes_tiles(tiles: Reducer, layouts: list[Layout | None], en
         assert said in str(refused.value)
     made["mm_hashes"]["image"] = ["the same"] * 2
     tiles.refuse_too_many(request, settings, embeds, made)
+    made["mm_hashes"]["video"], made["mm_placeholders"]["video"] = ["moves"], [made_of(enough)]
+    with pytest.raises(VLLMValidationError, match=f"beside {enough} tokens of 1 video"):
+        tiles.refuse_too_many(request, settings, embeds, made)
 
 
 @pytest.mark.parametrize(
