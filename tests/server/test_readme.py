@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.conftest import API_KEY, MODEL, Server
 from vllm_ficoco.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +88,31 @@ def served() -> Iterator[None]:
 
 @pytest.mark.server
 def test_the_snippet_prints_what_the_readme_shows(served: None) -> None:
-    snippet, shown = block("python", "OpenAI("), block("text", "144 144")
+    snippet, shown = block("python", "night.png"), block("text", "144 144")
+    run = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == shown
+
+
+@pytest.mark.server
+def test_the_snippet_of_tiles_prints_what_the_readme_shows(tiled: Server, tmp_path: Path) -> None:
+    """The model is made by the README's command; another one like it is up already."""
+    made = block("bash", "tests.checkpoints").splitlines()[0].removeprefix(".venv/bin/python ")
+    *command, name = made.split()
+    subprocess.run([sys.executable, *command, tmp_path / name], cwd=ROOT, check=True)
+    served = Path(tiled.process.args[4])  # type: ignore[call-overload, index]
+    for file in ("config.json", "processor_config.json", "model.safetensors"):
+        assert (tmp_path / name / file).read_bytes() == (served / file).read_bytes()
+    snippet, shown = block("python", "globalcom2"), block("text", "(100, 100)")
+    for said, here in (
+        ("http://127.0.0.1:8001", tiled.url),
+        ('api_key="none"', f'api_key="{API_KEY}"'),
+        (name, MODEL),
+    ):
+        assert said in snippet
+        snippet = snippet.replace(said, here)
     run = subprocess.run(
         [sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
