@@ -87,6 +87,19 @@ def test_tokens_that_are_too_few_are_named_as_such() -> None:
     assert (refused.value.field, refused.value.value) == ("reduction.options.tokens", tokens)
 
 
+@pytest.mark.parametrize("method", ["ficoco-l", "ficoco-vl"])
+def test_windows_of_the_grid_are_refused_where_there_is_no_common_one(method: str) -> None:
+    """In the decoder an image in tiles is one sequence: its numbers are no places of a grid."""
+    given = {"method": method, "budget": 500, "options": {"penalty": 2.0}}
+    reduction = Reduction.parse(given)
+    with pytest.raises(SettingsError, match="lie on no common grid") as refused:
+        NEXT.kept(reduction, "reduction.budget", SQUARE)
+    assert (refused.value.field, refused.value.value) == ("reduction.options.penalty", 2.0)
+    without = Reduction.parse({**given, "options": {"penalty": 1.0}})
+    assert NEXT.kept(without, layout=SQUARE) > 0
+    assert NEXT.kept(reduction, layout=Layout((24, 24))) > 0
+
+
 def test_newlines_are_refused_where_there_are_none() -> None:
     """In a model of one layout; and they are no option of methods in the decoder alone."""
     fixed = Geometry((24, 24), 23, True, 32, (2,))

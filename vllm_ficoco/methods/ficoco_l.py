@@ -96,6 +96,11 @@ FICOCO_L = in_decoder(
     "ficoco-l",
     "redundant by patch attention, little attention from the text; merges, at decoder stages",
     "Han et al., Rethinking Token Reduction in MLLMs, arXiv 2411.17686",
-    DecoderPart(layers=(3,), steps=(Steps(filter, correlate, ficoco_v.by_row),), every_stage=True),
+    DecoderPart(
+        layers=(3,),
+        steps=(Steps(filter, correlate, ficoco_v.by_row),),
+        every_stage=True,
+        on_one_grid="penalty",
+    ),
     FiCoCoLOptions,
 )

@@ -265,6 +265,9 @@ class DecoderPart:
     (the image's tokens (B, n, D), the text behind it (B, M, D)) -> (B, ...)."""
     looks_before: bool = False
     """It asks for :attr:`DecoderEvidence.key_lengths_before`, which are not measured for others."""
+    on_one_grid: str = ""
+    """An option that asks for windows of the image's grid where it is not left at its default:
+    tokens of thumbnail and tiles lie on no common one, so it is refused for them."""
     shares: Callable[[int, int, int], list[int]] = schedule.equal_shares
     """(tokens, tokens kept by the first of them, how many) -> tokens kept by each place."""
 

@@ -120,13 +120,22 @@ class Geometry(NamedTuple):
         Raises:
             SettingsError: the method cannot reach the budget, or not with these stages.
         """
-        count, tokens = 1 + len(self.starts), (layout or self.layout).tokens
+        layout = layout or self.layout
+        count, tokens = 1 + len(self.starts), layout.tokens
         active = reduction.for_tokens(tokens) if reduction else None
         if active is None:
             return [tokens] * count
         part, budget = active.spec.decoder, active.budget or 0
         if part is None:
             return [budget] * count
+        if (option := part.on_one_grid) and layout.is_tiled:
+            value = active.options[option]
+            if value != getattr(active.spec.options(), option):
+                raise SettingsError(
+                    _beside(field, f"options.{option}"),
+                    value,
+                    "left out for an image in tiles, whose tokens lie on no common grid",
+                )
         stages = self.decoder_stages(active, field)
         least = int(active.spec.place != "nowhere")  # of an image, something enters the decoder
         if least:
