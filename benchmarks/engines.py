@@ -64,8 +64,8 @@ DECODERS = {
 """Behind LLaVA-1.5's tower, or LLaVA-NeXT's, which is the same and runs for every tile. Those that
 are cut down are for CPUs, where the prefill still takes most of the time to first token."""
 
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-"""LLaVA-NeXT's, heights and widths."""
+TILINGS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
+"""LLaVA-NeXT's, rows and columns of tiles."""
 
 
 def is_tiled(name: str) -> bool:
@@ -108,16 +108,17 @@ def checkpoint(
     processor["image_processor"]["crop_size"] = {"height": side, "width": side}
     processor["image_processor"]["size"] = {"shortest_edge": side}
     if tiled:
+        pinpoints = [[side * rows, side * columns] for rows, columns in TILINGS]
         config["text_config"]["max_position_embeddings"] = 4096
         config |= {
             "model_type": "llava_next",
             "architectures": ["LlavaNextForConditionalGeneration"],
-            "image_grid_pinpoints": PINPOINTS,
+            "image_grid_pinpoints": pinpoints,
         }
         processor["processor_class"] = "LlavaNextProcessor"
         processor["image_processor"] |= {
             "image_processor_type": "LlavaNextImageProcessor",
-            "image_grid_pinpoints": PINPOINTS,
+            "image_grid_pinpoints": pinpoints,
         }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -12,7 +12,6 @@ are worth to a model that knows them.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -22,31 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from accuracy import Question, Scene, held_out
-from engines import environment
+from engines import checkpoint, environment, geometry
 from vllm_ficoco.tiny_llava import CHECKPOINT as SHIPPED
-
-PINPOINTS = [[168, 336], [336, 168], [336, 336]]
 
 
 def tiled(folder: Path) -> Path:
     """The shipped checkpoint as a LLaVA-NeXT, in this folder."""
     from safetensors.torch import load_file, save_file
 
-    config = json.loads((SHIPPED / "config.json").read_text()) | {
-        "model_type": "llava_next",
-        "architectures": ["LlavaNextForConditionalGeneration"],
-        "image_grid_pinpoints": PINPOINTS,
-    }
-    processor = json.loads((SHIPPED / "processor_config.json").read_text())
-    processor["processor_class"] = "LlavaNextProcessor"
-    processor["image_processor"] |= {
-        "image_processor_type": "LlavaNextImageProcessor",
-        "image_grid_pinpoints": PINPOINTS,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "processor_config.json").write_text(json.dumps(processor))
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(SHIPPED / name, folder)
+    checkpoint(folder, *geometry("shipped"), tiled=True)
+    shutil.copy(SHIPPED / "generation_config.json", folder)
     weights = load_file(SHIPPED / "model.safetensors")
     words = next(weight for name, weight in weights.items() if "embed_tokens" in name)
     weights["image_newline"] = words.float().mean(0).to(words.dtype)

@@ -33,20 +33,20 @@ class Reducer:
     """What is known at the start: the policy, the model's geometry and what a token costs."""
 
     def __init__(
-        self, vllm_config: Any, policy: Policy, processor: Any, largest_item: int = 0
+        self, vllm_config: Any, policy: Policy, processor: Any, encoder_tokens: int
     ) -> None:
         """
         Args:
             vllm_config: of the server.
             policy: of the server.
             processor: the model's, of vLLM's renderer; None where it takes no images.
-            largest_item: tokens for which vLLM has room whatever else was set.
+            encoder_tokens: visual tokens that a step may put through the tower.
 
         Raises:
             PolicyError: the model cannot do what the policy says.
         """
         model = vllm_config.model_config
-        self.policy, self.processor = policy, processor
+        self.policy, self.processor, self.encoder_tokens = policy, processor, encoder_tokens
         self.model_name = model.served_model_name
         self.block_size = vllm_config.cache_config.block_size
         self.context: int = model.max_model_len
@@ -76,10 +76,6 @@ class Reducer:
             self.most_inputs = max(processor.layout_of(w, h).inputs for h, w in pinpoints)
         elif not self.geometry.unsupported:
             self.largest = self.geometry.layout
-        self.encoder_tokens: int = max(  # as vLLM: of one image, or video, there is always room
-            vllm_config.scheduler_config.max_num_encoder_input_tokens, largest_item
-        )
-        """Visual tokens that a step may put through the tower."""
         policy.check_model(self.geometry, self.largest)
         cache_dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
         text = model.hf_text_config

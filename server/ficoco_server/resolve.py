@@ -80,13 +80,6 @@ class Settled(NamedTuple):
     """It comes as embeddings."""
 
 
-def settle(
-    policy: Policy, request: Level, images: Sequence[Level], geometry: Geometry
-) -> list[Reduction | None]:
-    """What :func:`settled` says, without where it was said."""
-    return [image.reduction for image in settled(policy, request, images, geometry)]
-
-
 def settled(
     policy: Policy, request: Level, images: Sequence[Level], geometry: Geometry
 ) -> list[Settled]:

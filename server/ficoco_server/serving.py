@@ -50,8 +50,9 @@ def install(engine_client: Any, state: Any) -> None:
     if MODEL_PLUGIN not in (envs.VLLM_PLUGINS or [MODEL_PLUGIN]):
         raise PolicyError(f"VLLM_PLUGINS names {NAME} but not {MODEL_PLUGIN}: it needs both")
     processor = engine_client.renderer.mm_processor
-    largest_item = engine_client.input_processor.mm_encoder_cache_size
-    reducer = Reducer(engine_client.vllm_config, Policy.from_environment(), processor, largest_item)
+    # vLLM lets a step encode as much as its encoder cache holds, and of one image or video all.
+    room = engine_client.input_processor.mm_encoder_cache_size
+    reducer = Reducer(engine_client.vllm_config, Policy.from_environment(), processor, room)
     _check_stages(os.environ.get("FICOCO_STAGES", ""), reducer.geometry.starts)
     chat = state.openai_serving_chat
     renderer = _adopt(ReductionRenderer, chat.online_renderer)

@@ -136,6 +136,18 @@ class Engine:
             outputs |= {o.request_id: o for o in self.llm.llm_engine.step() if o.finished}
         return outputs
 
+    def watch_preemptions(self) -> list[int]:
+        """A list to which every step from now on adds how often those that wait were preempted."""
+        seen: list[int] = []
+        record = self.scheduler.make_stats
+
+        def watched(*args: object, **kwargs: object) -> object:
+            seen.append(sum(request.num_preemptions for request in self.scheduler.waiting))
+            return record(*args, **kwargs)
+
+        self.scheduler.make_stats = watched
+        return seen
+
     def held(self, name: str) -> tuple[int, int]:
         """(tokens, blocks) of KV cache that a running request holds now."""
         request = next(r for key, r in self.scheduler.requests.items() if key.split("-")[0] == name)

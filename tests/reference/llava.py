@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.reference.methods import PLACE, PROPORTIONAL, reduce_one, stages
 
@@ -117,7 +117,7 @@ class ReferenceLlava:
     """A checkpoint in float32 that answers with a reduction of each image."""
 
     def __init__(self, path: str) -> None:
-        self.model = LlavaForConditionalGeneration.from_pretrained(
+        self.model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.processor = AutoProcessor.from_pretrained(path)

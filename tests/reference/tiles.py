@@ -17,13 +17,12 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
     unpad_image,
 )
 
-from tests.reference.llava import ReferenceLlava, ReferenceTower
+from tests.reference.llava import ReferenceLlava
 from tests.reference.methods import ACROSS, PLACE, choose_among_parts
 
 
@@ -62,13 +61,6 @@ class Token(NamedTuple):
 
 class ReferenceTiles(ReferenceLlava):
     """A checkpoint in float32 that answers with a reduction of each image."""
-
-    def __init__(self, path: str) -> None:
-        self.model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        self.processor = AutoProcessor.from_pretrained(path)
-        self.tower = ReferenceTower(self.model)
 
     @torch.no_grad()
     def visual_tokens(

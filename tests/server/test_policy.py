@@ -33,7 +33,8 @@ def on_image(embeds: bool = False, **said: Any) -> Level:
 def settle(
     policy: Policy, request: Level, *images: Level, geometry: Any = TINY
 ) -> list[Reduction | None]:
-    return resolve.settle(policy, request, images, geometry)
+    settled = resolve.settled(policy, request, images, geometry)
+    return [image.reduction for image in settled]
 
 
 # --- The environment ------------------------------------------------------------------------

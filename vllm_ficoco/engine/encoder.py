@@ -35,8 +35,6 @@ class TowerBudget(EncoderCacheManager):
     def __init__(self, cache_size: int, tokens: int) -> None:
         super().__init__(cache_size)
         self.tokens = tokens
-        self.most = 0
-        """What a step may encode. An image of more tiles than that runs alone."""
         self.asked = 0
         """Beyond what they hold, the tower makes so many tokens of the images that may be encoded
         for the request that is looked at."""
@@ -58,7 +56,8 @@ class TowerBudget(EncoderCacheManager):
             return held
         layout = packed_of(feature.data).layout
         tokens = layout.encoded if layout is not None else self.tokens
-        return max(held, min(tokens, self.most) if layout is not None else tokens)
+        # vLLM lets a step encode as much as the cache holds: an image of more tiles runs alone.
+        return max(held, min(tokens, self.cache_size))
 
     def _left_in_tower(self, request: Request, input_id: int) -> int:
         """Tokens of an image that do not come out of the tower."""
@@ -75,7 +74,6 @@ class TowerBudget(EncoderCacheManager):
         """As vLLM's, of what the tower can still do in this step."""
         if not num_embeds_to_schedule:  # the first of a request
             self.asked = 0
-        self.most = max(self.most, encoder_compute_budget)  # of a step, before anything is in it
         left = self._left_in_tower(request, input_id)
         encoder_compute_budget -= self.spent + self.asked + left
         if not super().can_allocate(

@@ -91,7 +91,6 @@ class _Planning:
         manager = self.encoder_cache_manager  # type: ignore[attr-defined]
         if not isinstance(manager, TowerBudget):
             return 0
-        manager.most = self.max_num_encoder_input_tokens  # type: ignore[attr-defined]
         once = {feature.identifier: feature for feature in request.mm_features}
         return sum(map(manager.encoded, once.values()))
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_ficoco.methods.paradigm import AttentionKind, DecoderPart, Method, Options, once
-from vllm_ficoco.vision.layout import Raster
+from vllm_ficoco.vision.layout import Layout, Raster
 
 EVIDENCE_BYTES = 256 * 2**20
 """What attention in float32 may take at once (a softmax takes as much again): it comes on top of
@@ -155,11 +155,9 @@ class DecoderEvidence:
 
     def spots(self, position: Tensor) -> Tensor:
         """(B, n, 2): row and column of tokens at positions (B, n), in sides of the image."""
-        if self.rasters:
-            pairs = zip(self.rasters, position, strict=True)
-            return torch.stack([raster.spots(number) for raster, number in pairs])
-        rows, columns = self.grid
-        return torch.stack([(position // columns) / rows, (position % columns) / columns], -1)
+        rasters = self.rasters or (Layout(self.grid).raster(reduced=True),) * len(position)
+        pairs = zip(rasters, position, strict=True)
+        return torch.stack([raster.spots(number) for raster, number in pairs])
 
     def _norms(self, x: Tensor) -> Tensor:
         return self.sum_over_ranks(x.float().square().sum((1, 3))).sqrt()

@@ -154,7 +154,7 @@ class ReducingModel:
                 continue
             reduced[i] = []
             for plan in parts:
-                work.append((i, plan, Input(reduction, plan.window, plan.keep, plan.stages)))
+                work.append((i, plan, Input(reduction, plan.window, plan.stages)))
         # Equal settings side by side: they run as one batch.
         work.sort(key=lambda each: each[2].reduction.key)
         for start in range(0, len(work), self.images_at_once):

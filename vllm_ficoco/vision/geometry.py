@@ -183,7 +183,7 @@ class Geometry(NamedTuple):
         into_decoder = self.held(active, field, layout)[0]
         if into_decoder >= layout.tokens:
             return []
-        if not layout.newlines and not layout.is_tiled and active.keeps_newlines:
+        if active.keeps_newlines and not layout.is_tiled:
             raise SettingsError(
                 _beside(field, "options.newlines"),
                 "all",

@@ -33,7 +33,6 @@ class Input(NamedTuple):
     """The settings of its image."""
     window: Window
     """What of the grid may stay."""
-    keep: int
     stages: tuple[Stage, ...]
     """Where the others leave; none where all of the window stays."""
 
