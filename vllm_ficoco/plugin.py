@@ -17,6 +17,18 @@ MODELS = {
     "LlavaOnevisionForConditionalGeneration": (
         "vllm_ficoco.models.llava_onevision:ReducingLlavaOnevisionForConditionalGeneration"
     ),
+    "Qwen2VLForConditionalGeneration": (
+        "vllm_ficoco.models.qwen2_vl:ReducingQwen2VLForConditionalGeneration"
+    ),
+    "Qwen2_5_VLForConditionalGeneration": (
+        "vllm_ficoco.models.qwen2_5_vl:ReducingQwen2_5_VLForConditionalGeneration"
+    ),
+    "Qwen3VLForConditionalGeneration": (
+        "vllm_ficoco.models.qwen3_vl:ReducingQwen3VLForConditionalGeneration"
+    ),
+    "Qwen3VLMoeForConditionalGeneration": (
+        "vllm_ficoco.models.qwen3_vl:ReducingQwen3VLMoeForConditionalGeneration"
+    ),
 }
 """Architecture and, as a lazy string, the class that takes its place."""
 

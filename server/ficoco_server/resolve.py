@@ -124,7 +124,7 @@ def fit(policy: Policy, image: Settled, geometry: Geometry, layout: Layout) -> R
             _within(policy, math.ceil(average_over_layers(held, geometry.spans)), "budget")
     except SettingsError as error:
         raise as_written(image, error) from None
-    return reduction.for_tokens(layout.tokens)
+    return reduction.for_tokens(layout.sent)
 
 
 def as_written(image: Settled, error: SettingsError) -> SettingsError:
@@ -248,8 +248,8 @@ def _admit(policy: Policy, wish: Wish, image: Level, geometry: Geometry) -> Sett
             _within(policy, wish.budget, field)
         settings = {"method": wish.method, "budget": wish.budget, "options": wish.options}
         reduction = Reduction.parse(settings)
-    if geometry.by_image:  # a method that the server has no stages for, whatever the image
-        geometry.decoder_stages(reduction, field)
+    if geometry.by_image:  # what the model lacks for the method, whatever the image
+        geometry.check_method(reduction, field)
     return Settled(reduction, field)
 
 

@@ -14,7 +14,7 @@ from vllm_ficoco.vision.geometry import geometry_of
 SCHEDULER = "vllm_ficoco.engine.scheduler.make_scheduler"
 """For ``--scheduler-cls``."""
 
-DECODERS = ("llama", "mistral", "qwen2")
+DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 """``model_type`` of the text models whose layers :mod:`vllm_ficoco.engine.decoder` knows."""
 
 BACKENDS = ("CPU_ATTN", "TRITON_ATTN")
@@ -25,6 +25,48 @@ upper bounds (FlashInfer takes them as exact)."""
 
 class StagesError(ValueError):
     """A server with decoder stages cannot start like this."""
+
+
+class PositionsError(ValueError):
+    """A server whose positions have three rows (M-RoPE) cannot start like this."""
+
+
+def check_positions(config: VllmConfig) -> None:
+    """Refuses to start a Qwen-VL with what cannot work, or is not known to work.
+
+    The model adds the places of reduced images' tokens to its positions when it runs, so it must
+    run for every step that has images in it, on all of its rows, and see what the tower returned.
+
+    Raises:
+        PositionsError: the first thing that is wrong.
+    """
+    compilation, parallel = config.compilation_config, config.parallel_config
+    multimodal = config.model_config.get_multimodal_config()
+    graphs = compilation.cudagraph_mode
+    refused: dict[str, Any] = {
+        "full CUDA graphs of steps with prefills (give cudagraph_mode FULL_AND_PIECEWISE)": (
+            graphs is not None and graphs.mixed_mode() == CUDAGraphMode.FULL
+        ),
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
+        "micro-batches (DBO)": parallel.use_ubatching,
+        "encoder connectors": config.ec_transfer_config,
+        "speculative decoding": config.speculative_config,
+        "--video-pruning-rate": multimodal.is_multimodal_pruning_enabled(),
+        "CUDA graphs of the encoder (cudagraph_mm_encoder)": compilation.cudagraph_mm_encoder,
+        "a compiled encoder (compile_mm_encoder)": compilation.compile_mm_encoder,
+        "a data-parallel encoder (--mm-encoder-tp-mode data)": (
+            multimodal.mm_encoder_tp_mode == "data"
+        ),
+    }
+    for what, present in refused.items():
+        if present:
+            raise PositionsError(
+                f"visual token budgets of Qwen-VL models are not known to work with {what}. To "
+                "serve without budgets, name the plugins to load in VLLM_PLUGINS, vllm_ficoco not "
+                "among them."
+            )
 
 
 def check(config: VllmConfig) -> None:

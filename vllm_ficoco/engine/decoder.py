@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a decoder in stages, whose first layers let go of visual tokens.
 
-Works on vLLM's LLaMA, Mistral and Qwen2 by the names of their parts. How many tokens an image keeps
-in a stage follows from the rows that the attention metadata leave of it
+Works on vLLM's LLaMA, Mistral, Qwen2 and Qwen3 by the names of their parts. How many tokens an
+image keeps in a stage follows from the rows that the attention metadata leave of it
 (:mod:`vllm_ficoco.engine.attention`); which ones, and what becomes of the others, is the method's.
 """
 
@@ -20,47 +20,16 @@ from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
+from vllm.sequence import IntermediateTensors
 
 from vllm_ficoco.engine.attention import Rows, enter_stage, watch_keys
+from vllm_ficoco.engine.visual import Leaving, VisualTokens
 from vllm_ficoco.methods.decoding import EVIDENCE_BYTES, DecoderEvidence
 from vllm_ficoco.methods.paradigm import DecoderPart, Steps, Tokens, reduce
 from vllm_ficoco.methods.random import lot_of
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.geometry import Geometry
 from vllm_ficoco.vision.layout import Layout, Raster
-
-
-class VisualTokens(torch.Tensor):
-    """An image's visual tokens on their way into the decoder, with how they are to be reduced.
-
-    vLLM keeps what the tower returned and hands slices of it back later, perhaps to another
-    request that shows the same image; what a slice belongs to it does not tell. So that travels
-    with the tensor. (vLLM marks these tensors in the same way, with their modality.)
-    """
-
-    reduction: Reduction
-    places: Tensor
-    """(n,) ascending: their numbers in the image."""
-    raster: Raster
-    """Where on the image a number is."""
-    lot: Tensor
-    """(1, 1), see :func:`vllm_ficoco.methods.random.lot_of`; 0 where the method draws none."""
-
-    @classmethod
-    def of(cls, tokens: Tensor, *marks: Any) -> VisualTokens:
-        """Marks an image's tokens, (n, D), with all of the above."""
-        marked = tokens.as_subclass(cls)
-        marked.reduction, marked.places, marked.raster, marked.lot = marks
-        return marked
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        if isinstance(result, cls) and isinstance(args[0], cls):
-            marked = args[0]
-            result.reduction, result.places = marked.reduction, marked.places
-            result.raster, result.lot = marked.raster, marked.lot
-        return result
 
 
 @dataclass
@@ -93,7 +62,7 @@ class Batch(NamedTuple):
     """(n,) on the host: which rows of the whole batch they are; None for all."""
 
 
-class Leaving(NamedTuple):
+class Loss(NamedTuple):
     """An image of which tokens leave at a stage."""
 
     image: Image
@@ -108,8 +77,12 @@ class Leaving(NamedTuple):
 
 NO_TEXT = torch.empty(0, dtype=torch.long)
 
-Kind = tuple[Reduction, int, int, int]
-"""Settings of an image, tokens that it has and keeps, text tokens: one batch for all alike."""
+LEVEL = "deepstack_input_embeds_"
+"""What vLLM calls the visual tokens that are added behind one of the first layers (Qwen3-VL)."""
+
+Kind = tuple[Reduction, tuple[int, int], int, int, int]
+"""Settings of an image, its grid, tokens that it has and keeps, text tokens: one batch for all
+alike."""
 
 
 def rows_of(ranges: Sequence[range], device: torch.device) -> Tensor:
@@ -118,9 +91,15 @@ def rows_of(ranges: Sequence[range], device: torch.device) -> Tensor:
     return (first + torch.arange(len(ranges[0]))).to(device, non_blocking=True)
 
 
-def _rows_of_text(group: Sequence[Leaving], device: torch.device) -> Tensor:
+def _rows_of_text(group: Sequence[Loss], device: torch.device) -> Tensor:
     """(B, M) on the device: the text behind B images."""
     return torch.stack([some.text for some in group]).to(device, non_blocking=True)
+
+
+def _by_head(norm: nn.Module, x: Tensor, head_dim: int) -> Tensor:
+    """(rows, heads * head_dim), every head normalised by itself."""
+    normed: Tensor = norm(x.unflatten(-1, (-1, head_dim)))
+    return normed.flatten(-2)
 
 
 def stage_layers(number: int) -> type[nn.Module]:
@@ -139,17 +118,24 @@ def stage_layers(number: int) -> type[nn.Module]:
             self.layers = layers
 
         def forward(
-            self, positions: Tensor, hidden: Tensor, residual: Tensor | None
+            self,
+            positions: Tensor,
+            hidden: Tensor,
+            residual: Tensor | None,
+            levels: IntermediateTensors | None = None,
         ) -> tuple[Tensor, Tensor]:
-            for layer in self.layers:
+            for number, layer in enumerate(self.layers):
                 hidden, residual = layer(positions, hidden, residual)
+                if levels is not None and number < len(levels):
+                    hidden = hidden + levels[f"{LEVEL}{number}"]
             return hidden, residual
 
     forward = StageLayers.forward
     forward.__qualname__ = f"stage{number}.forward"
     # Dynamo keeps what it compiled by code object, and functions from one source share theirs.
     forward.__code__ = forward.__code__.replace(co_name=f"forward_stage{number}")
-    dynamic = {"positions": 0, "hidden": 0, "residual": 0}
+    # Positions may have three rows.
+    dynamic = {"positions": -1, "hidden": 0, "residual": 0, "levels": 0}
     return support_torch_compile(dynamic_arg_dims=dynamic)(StageLayers)
 
 
@@ -208,13 +194,13 @@ class StagedDecoder:
             layout: the image's.
         """
         part = reduction.spec.decoder if reduction is not None else None
-        if part is None:
+        if reduction is None or part is None:
             return tokens
         raster = layout.raster(reduced=places is not None)
         if places is None:
             places = torch.arange(len(tokens), device=tokens.device)
         lot = lot_of(pixels) if part.by_lot else places.new_zeros(1, 1)
-        return VisualTokens.of(tokens, reduction, places, raster, lot)
+        return VisualTokens.of(tokens, Leaving(reduction, places, raster, lot))
 
     def unmark(self, embeddings: Sequence[Tensor], is_visual: Tensor | None) -> Sequence[Tensor]:
         """Plain tensors, and noted which rows of the coming forward pass are images to reduce.
@@ -224,33 +210,42 @@ class StagedDecoder:
             is_visual: (rows,) bool, which rows those are.
         """
         self.images, self.visual = [], None
-        if is_visual is None or not any(isinstance(e, VisualTokens) for e in embeddings):
-            return embeddings
+        leaving = [e.leaving if isinstance(e, VisualTokens) else None for e in embeddings]
+        if is_visual is None or not any(leaving):
+            return [tokens.as_subclass(torch.Tensor) for tokens in embeddings]
         self.visual = is_visual.cpu()  # where vLLM has it; the host does not wait
         rows = self.visual.nonzero()[:, 0].tolist()
         first, plain = 0, []
-        for tokens in embeddings:
-            if isinstance(tokens, VisualTokens):
-                start = rows[first]
-                self.images.append(self._image(start, tokens))
-                tokens = tokens.as_subclass(torch.Tensor)
-            plain.append(tokens)
+        for tokens, how in zip(embeddings, leaving, strict=True):
+            if how is not None:
+                self.images.append(self._image(rows[first], len(tokens), how))
+            plain.append(tokens.as_subclass(torch.Tensor))
             first += len(tokens)
         return plain
 
-    def _image(self, start: int, tokens: VisualTokens) -> Image:
-        part, stages = tokens.reduction.spec.decoder, self.geometry.decoder_stages(tokens.reduction)
+    def _image(self, start: int, count: int, how: Leaving) -> Image:
+        part, stages = how.reduction.spec.decoder, self.geometry.decoder_stages(how.reduction)
         assert part is not None
         last = len(part.steps) - 1
         steps = {stage: part.steps[min(place, last)] for place, stage in enumerate(stages)}
-        end = start + len(tokens)
-        marks = tokens.places, tokens.raster, tokens.lot
-        return Image(start, end, tokens.reduction, part, steps, *marks)
+        marks = how.places, how.raster, how.lot
+        return Image(start, start + count, how.reduction, part, steps, *marks)
 
     def __call__(
-        self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        inputs_embeds: Tensor | None,
+        levels: IntermediateTensors | None = None,
     ) -> Tensor:
-        """The forward pass: (rows, D); rows that left on the way are zero, nobody reads them."""
+        """The forward pass: (rows, D); rows that left on the way are zero, nobody reads them.
+
+        Args:
+            input_ids: (rows,), where there are no embeddings.
+            positions: (rows,), or (3, rows).
+            inputs_embeds: (rows, D).
+            levels: (rows, D) to add behind each of the first layers, none of which starts a stage.
+        """
         images, self.images = self.images, []
         hidden = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         total, residual, index = len(hidden), None, None
@@ -266,7 +261,8 @@ class StagedDecoder:
                 for name in self.names[number]:
                     # Keys and values go where the context says, not where the metadata do.
                     context.slot_mapping[name] = context.attn_metadata[name].ficoco_rows.slots
-            hidden, residual = stage(positions, hidden, residual)
+            first = {} if number or levels is None else {"levels": levels}
+            hidden, residual = stage(positions, hidden, residual, **first)
         hidden, _ = self.model.norm(hidden, residual)
         if index is None:
             return hidden
@@ -299,12 +295,12 @@ class StagedDecoder:
         if rows is None or not noting:
             return
         everything = torch.arange(len(embeddings))
-        alike: dict[Kind, list[Leaving]] = {}
+        alike: dict[Kind, list[Loss]] = {}
         for image in noting:
             had = range(image.start, image.end)
             text = self._text_behind(image, everything, rows, image.end)
-            kind = (image.reduction, len(had), len(had), len(text))
-            alike.setdefault(kind, []).append(Leaving(image, had, had, text))
+            kind = (image.reduction, image.raster.grid, len(had), len(had), len(text))
+            alike.setdefault(kind, []).append(Loss(image, had, had, text))
         for _, group in self._batches(alike):
             note = group[0].image.part.note
             assert note is not None
@@ -334,17 +330,17 @@ class StagedDecoder:
         edges = torch.tensor([(i.start, i.end) for i in images], dtype=torch.long).view(-1, 2)
         had_by_image = torch.searchsorted(before, edges).tolist()
         has_by_image = torch.searchsorted(rows.index, edges).tolist()
-        alike: dict[Kind, list[Leaving]] = {}
+        alike: dict[Kind, list[Loss]] = {}
         for image, came, run_on in zip(images, had_by_image, has_by_image, strict=True):
             had, has = range(*came), range(*run_on)
             if len(has) in (0, len(had)):
                 continue  # nothing to choose
             looks = image.part.looks_at_question
             text = self._text_behind(image, before, rows, had.stop) if looks else NO_TEXT
-            kind = (image.reduction, len(had), len(has), len(text))
-            alike.setdefault(kind, []).append(Leaving(image, had, has, text))
+            kind = (image.reduction, image.raster.grid, len(had), len(has), len(text))
+            alike.setdefault(kind, []).append(Loss(image, had, has, text))
         merged: list[tuple[Tensor, Tensor]] = []
-        for (reduction, _, keep, _), group in self._batches(alike):
+        for (reduction, _, _, keep, _), group in self._batches(alike):
             had_rows = rows_of([some.had for some in group], device)
             has_rows = rows_of([some.has for some in group], device)
             stream = batch.hidden[had_rows] + batch.residual[had_rows]
@@ -368,11 +364,11 @@ class StagedDecoder:
             hidden[where], residual[where] = 0, stream
         return hidden, residual, batch.positions[..., at]
 
-    def _batches(self, alike: dict[Kind, list[Leaving]]) -> Iterator[tuple[Kind, list[Leaving]]]:
+    def _batches(self, alike: dict[Kind, list[Loss]]) -> Iterator[tuple[Kind, list[Loss]]]:
         """Images that can be reduced together, no more at once than memory allows."""
         heads = self.model.layers[0].self_attn.num_heads
         for kind, group in alike.items():
-            _, had, _, text = kind
+            _, _, had, _, text = kind
             at_once = max(1, EVIDENCE_BYTES // (4 * heads * had * max(had, text)))
             for first in range(0, len(group), at_once):
                 yield kind, group[first : first + at_once]
@@ -395,7 +391,7 @@ class StagedDecoder:
         return text if len(text) else torch.tensor([end - 1])
 
     def _evidence(
-        self, number: int, batch: Batch, group: Sequence[Leaving], had_rows: Tensor
+        self, number: int, batch: Batch, group: Sequence[Loss], had_rows: Tensor
     ) -> DecoderEvidence:
         """What is to be seen at a stage of B images with equally many tokens and text behind them.
 
@@ -416,6 +412,9 @@ class StagedDecoder:
             qkv, _ = attention.qkv_proj(layer.input_layernorm(stream))
             sizes = [attention.q_size, attention.kv_size, attention.kv_size]
             query, key, value = qkv.split(sizes, dim=-1)
+            if hasattr(attention, "q_norm"):  # Qwen3: of every head by itself
+                query = _by_head(attention.q_norm, query, attention.head_dim)
+                key = _by_head(attention.k_norm, key, attention.head_dim)
             query, key = attention.rotary_emb(
                 batch.positions[..., flat], query.contiguous(), key.contiguous()
             )
@@ -440,7 +439,7 @@ class StagedDecoder:
             look_at_text=lambda: look(text_rows),
             final_norm=self.model.norm.weight,
             lot=torch.cat([some.image.lot for some in group]),
-            grid=self.geometry.grid,
+            grid=group[0].image.raster.grid,
             rasters=tuple(some.image.raster for some in group),
             read_text=lambda: batch.hidden[text_rows] + batch.residual[text_rows],
             scale=attention.scaling,

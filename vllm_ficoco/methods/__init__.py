@@ -21,6 +21,7 @@ from vllm_ficoco.methods.prumerge import PRUMERGE
 from vllm_ficoco.methods.pyramiddrop import PYRAMIDDROP
 from vllm_ficoco.methods.random import RANDOM
 from vllm_ficoco.methods.random_decoder import RANDOM_DECODER
+from vllm_ficoco.methods.resize import RESIZE
 from vllm_ficoco.methods.sparsevlm import SPARSEVLM
 from vllm_ficoco.methods.tome import TOME
 from vllm_ficoco.methods.topk import TOPK
@@ -45,6 +46,7 @@ METHODS: dict[str, Method] = {
         POOLING,
         UNIFORM,
         RANDOM,
+        RESIZE,
         FICOCO_L,
         FICOCO_VL,
         FASTV,

@@ -202,6 +202,7 @@ def in_decoder(
         idea=idea,
         paper=paper,
         place="nowhere",
+        needs=frozenset(),
         schedule=lambda *_: [],
         filter=nothing_leaves,
         options=options,

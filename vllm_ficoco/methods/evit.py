@@ -63,6 +63,7 @@ EVIT = Method(
     idea="keeps what [CLS] looks at, fuses the rest into one extra token, at three layers",
     paper="Liang et al., Not All Patches are What You Need, arXiv 2202.07800",
     place="tower",
+    needs=frozenset({"layers", "attention"}),
     schedule=stages,
     filter=filter,
     correlate=correlate,

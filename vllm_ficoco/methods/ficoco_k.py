@@ -55,6 +55,7 @@ FICOCO_K = Method(
     idea="merges the most similar tokens at every tower layer, but spares what [CLS] looks at",
     paper="ours, after arXiv 2411.17686 and arXiv 2210.09461",
     place="tower",
+    needs=frozenset({"layers", "attention"}),
     schedule=tome.stages,
     filter=filter,
     correlate=tome.correlate,

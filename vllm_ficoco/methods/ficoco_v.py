@@ -214,6 +214,7 @@ FICOCO_V = Method(
     idea="redundant by patch attention, little [CLS] attention; merges into attended patches",
     paper="Han et al., Rethinking Token Reduction in MLLMs, arXiv 2411.17686",
     place="tower",
+    at_output=True,
     schedule=stages,
     filter=filter,
     correlate=correlate,

@@ -18,6 +18,7 @@ NONE = Method(
     idea="keeps every token",
     paper="",
     place="output",
+    needs=frozenset(),
     schedule=lambda _, __, ___, ____: [],
     filter=filter,
     options=Options,

@@ -28,6 +28,18 @@ from vllm_ficoco.schedule import Stage, windows
 
 AttentionKind = Literal["probabilities", "logits"]
 
+Need = Literal["scaling", "layers", "attention"]
+"""What a method can ask of a model: ``scaling`` of an image to fewer tokens by its processor;
+``layers`` of the vision tower between which tokens can leave; ``attention``: queries and keys of
+the tower's last layer. The tokens themselves, their grid and the pixels are always there."""
+
+NEEDS: dict[Need, str] = {
+    "scaling": "to scale an image down to fewer tokens before the tower",
+    "layers": "layers of the vision tower between which tokens can leave",
+    "attention": "queries and keys of the vision tower's last layer",
+}
+"""In the words of a refusal."""
+
 
 class Options(BaseModel):
     """Base of the options of a method: unknown names and wrong types are refused."""
@@ -111,6 +123,8 @@ class Evidence:
     """(B, 3, height, width): for methods that only want to tell images apart."""
     heads: int = 0
     """Heads over all ranks; 0: the heads given are all there are."""
+    unit: int = 1
+    """How many patches that follow one another the tower merges into one token: m = unit * n."""
     sum_over_ranks: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     _known: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -300,9 +314,10 @@ class Method:
     """One line for people who choose."""
     paper: str
     """Authors, title, arXiv number; empty for baselines that have no paper."""
-    place: Literal["tower", "output", "nowhere"]
+    place: Literal["input", "tower", "output", "nowhere"]
     """``tower``: between attention and MLP of a layer. ``output``: on the last layer's output,
-    with the evidence of that layer. ``nowhere``: in the decoder alone."""
+    with the evidence of that layer. ``nowhere``: in the decoder alone. ``input``: the image is
+    scaled down before the tower."""
     schedule: Callable[[int, int, int, Any], list[Stage]]
     """(tokens, budget, tower layers that run, options) -> stages that end at the budget.
     Raises ValueError with what would be allowed, for a budget that cannot be reached."""
@@ -310,6 +325,10 @@ class Method:
     correlate: Correlate | None = None
     compress: Compress | None = None
     options: type[Options] = VisionOptions
+    needs: frozenset[Need] = frozenset({"attention"})
+    """What a tower must offer for it; see :data:`Need`."""
+    at_output: bool = False
+    """Where a tower lets nothing leave between its layers, it reduces all at once on the output."""
     proportional_attention: bool = False
     """Layers attend with log(size) added to the scores, so that a merged token counts fully."""
     added: int = 0

@@ -48,6 +48,7 @@ POOLING = Method(
     idea="averages the tokens of as many windows of the grid as the budget",
     paper="",
     place="output",
+    needs=frozenset(),
     schedule=lambda _, budget, layers, __: schedule.at_output(budget, layers),
     filter=filter,
     correlate=correlate,

@@ -66,6 +66,7 @@ RANDOM = Method(
     idea="keeps tokens drawn by lot, seeded by the image",
     paper="",
     place="output",
+    needs=frozenset(),
     schedule=lambda _, budget, layers, __: schedule.at_output(budget, layers),
     filter=filter,
     options=RandomOptions,

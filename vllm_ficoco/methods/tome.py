@@ -64,6 +64,7 @@ TOME = Method(
     idea="merges the most similar tokens pairwise at every tower layer",
     paper="Bolya et al., Token Merging: Your ViT But Faster, arXiv 2210.09461",
     place="tower",
+    needs=frozenset({"layers", "attention"}),
     schedule=stages,
     filter=filter,
     correlate=correlate,

@@ -31,6 +31,7 @@ UNIFORM = Method(
     idea="keeps tokens spread evenly over the grid",
     paper="",
     place="output",
+    needs=frozenset(),
     schedule=lambda _, budget, layers, __: schedule.at_output(budget, layers),
     filter=filter,
 )

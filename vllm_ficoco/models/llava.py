@@ -16,8 +16,8 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor
 
+from vllm_ficoco.models.layered import LayeredModel
 from vllm_ficoco.models.processing import ReducingProcessor
-from vllm_ficoco.models.reducing import ReducingModel
 
 
 class ReducingLlavaProcessor(ReducingProcessor, LlavaMultiModalProcessor):
@@ -42,5 +42,5 @@ def _processor(
     info=_build_llava_or_pixtral_hf_info,
     dummy_inputs=LlavaDummyInputsBuilder,
 )
-class ReducingLlavaForConditionalGeneration(ReducingModel, LlavaForConditionalGeneration):
+class ReducingLlavaForConditionalGeneration(LayeredModel, LlavaForConditionalGeneration):
     """vLLM's LLaVA with a visual token budget per image."""

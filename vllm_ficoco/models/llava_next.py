@@ -6,10 +6,13 @@ What is common to it and LLaVA-OneVision is here, too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
+from transformers import BatchFeature
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.model_executor.models.llava_next import (
     LlavaNextForConditionalGeneration,
@@ -17,9 +20,11 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import ImageSize
 
+from vllm_ficoco.models.layered import LayeredModel
 from vllm_ficoco.models.processing import ReducingProcessor
-from vllm_ficoco.models.reducing import ReducingModel
+from vllm_ficoco.packed import Packed
 from vllm_ficoco.vision.layout import Layout, Window
 
 
@@ -60,14 +65,56 @@ class TiledProcessor(ReducingProcessor):
 
     info: LlavaNextProcessingInfo
 
-    def layout_of(self, width: int, height: int) -> Layout:
+    def layout_of(
+        self, width: int, height: int, kwargs: Mapping[str, object] | None = None
+    ) -> Layout:
         return _layout_of(self.info, width, height)
+
+    def smaller_sizes(
+        self, width: int, height: int, kwargs: Mapping[str, object] | None
+    ) -> list[ImageSize]:
+        return _smaller_sizes(self.info, width, height)
+
+    def strip_padding(self, processed: BatchFeature, settled: Sequence[Packed]) -> None:
+        """Images of a prompt are padded with empty tiles to the largest of them."""
+        if any(packed.reduction for packed in settled):
+            processed["pixel_values"] = [
+                _own_tiles(pixels, packed) if packed.reduction else pixels
+                for pixels, packed in zip(processed["pixel_values"], settled, strict=True)
+            ]
 
 
 _layout_of = lru_cache(maxsize=4096)(tiled_layout)
 
 
-class TiledModel(ReducingModel):
+@lru_cache(maxsize=4096)
+def _smaller_sizes(info: LlavaNextProcessingInfo, width: int, height: int) -> list[ImageSize]:
+    """An image scaled to fit every grid of tiles that is smaller."""
+    sizes = set()
+    for tall, wide in info.get_hf_config().image_grid_pinpoints:
+        scale = min(wide / width, tall / height)
+        if scale < 1:
+            sizes.add(ImageSize(max(1, round(width * scale)), max(1, round(height * scale))))
+    return sorted(sizes, key=lambda size: (-_layout_of(info, *size).tokens, size))
+
+
+def _own_tiles(pixels: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """An image's thumbnail and tiles, (inputs, 3, height, width).
+
+    Raises:
+        VLLMValidationError: there are fewer, as processor options of the request can have it.
+    """
+    assert packed.layout is not None
+    if len(pixels) < packed.layout.inputs:
+        raise VLLMValidationError(
+            f"An image to reduce was cut into {len(pixels)} tiles, where the model cuts it into "
+            f"{packed.layout.inputs}: leave out what changes that.",
+            parameter="mm_processor_kwargs",
+        )
+    return pixels[: packed.layout.inputs]
+
+
+class TiledModel(LayeredModel):
     """Of families with tiles."""
 
     def _image_pixels_to_features(

@@ -8,16 +8,23 @@ vLLM's own prompt updates say; they are shortened, and must agree with the layou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from PIL import Image
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalHashes
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
+from vllm.multimodal.parse import (
+    DictEmbeddingItems,
+    ImageEmbeddingItems,
+    ImageProcessorItems,
+    ImageSize,
+    MultiModalDataItems,
+)
 from vllm.multimodal.processing import PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import PromptUpdateDetails
@@ -35,6 +42,9 @@ from vllm_ficoco.vision.layout import Layout
 
 COUNTS_KEY = "visual_tokens"
 """In the engine input that the processor makes: a list of :class:`Packed`, one an image."""
+
+_EMBEDDINGS = (ImageEmbeddingItems, DictEmbeddingItems)
+"""Images that come as embeddings."""
 
 _KEPT = "-kept"
 """Before the number of its visual tokens in the hash of a reduced image."""
@@ -55,20 +65,32 @@ def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
     return {k: v for k, v in kwargs.items() if k not in (BUDGET_KEY, REDUCTION_KEY)}
 
 
-def _own_tiles(pixels: Any, packed: Packed) -> Any:
-    """An image's thumbnail and tiles, (inputs, 3, height, width).
+class ScaledImages(ImageProcessorItems):
+    """Images, some of them scaled down when they are asked for.
 
-    Raises:
-        VLLMValidationError: there are fewer, as processor options of the request can have it.
+    Args:
+        images: as they were sent.
+        sizes: of every image; None for one that stays as it is.
     """
-    assert packed.layout is not None
-    if len(pixels) < packed.layout.inputs:
-        raise VLLMValidationError(
-            f"An image to reduce was cut into {len(pixels)} tiles, where the model cuts it into "
-            f"{packed.layout.inputs}: leave out what changes that.",
-            parameter="mm_processor_kwargs",
-        )
-    return pixels[: packed.layout.inputs]
+
+    def __init__(self, images: ImageProcessorItems, sizes: Sequence[ImageSize | None]) -> None:
+        super().__init__(images.data)
+        self.sizes = sizes
+
+    def get(self, index: int) -> Any:
+        image, size = super().get(index), self.sizes[index]
+        if size is None:
+            return image
+        if not isinstance(image, Image.Image):
+            raise VLLMValidationError(
+                f"Image {index} comes as an array, which resize does not take: send a file or a "
+                "PIL image.",
+                parameter=REDUCTION_KEY,
+            )
+        return image.resize((size.width, size.height), Image.Resampling.BICUBIC)
+
+    def get_image_size(self, item_idx: int) -> ImageSize:
+        return self.sizes[item_idx] or super().get_image_size(item_idx)
 
 
 class RefusedImage(VLLMValidationError):
@@ -113,9 +135,65 @@ class ReducingProcessor:
                     "request, or to the defaults of `vllm-ficoco serve`"
                 )
 
-    def layout_of(self, width: int, height: int) -> Layout:
-        """The layout of an image of so many pixels; a family's own where it depends on them."""
+    def layout_of(
+        self, width: int, height: int, kwargs: Mapping[str, object] | None = None
+    ) -> Layout:
+        """The layout of an image of so many pixels; a family's own where it depends on them.
+
+        Args:
+            width: of the image.
+            height: of the image.
+            kwargs: processor options of the request, where they change how many tokens it has.
+        """
         return self.geometry.layout
+
+    def smaller_sizes(
+        self, width: int, height: int, kwargs: Mapping[str, object] | None
+    ) -> Iterable[ImageSize]:
+        """Sizes to which an image can be scaled down, those with most tokens first."""
+        return ()
+
+    def scaled(
+        self, width: int, height: int, budget: int, kwargs: Mapping[str, object] | None
+    ) -> ImageSize:
+        """The size with most tokens that are within a budget, of an image that has more.
+
+        Sizes are counted, one by one: processors enlarge small images, and shrink thin ones less
+        than they were told to.
+
+        Raises:
+            SettingsError: an image of this shape has more at every size.
+        """
+        least = None
+        for size in self.smaller_sizes(width, height, kwargs):
+            tokens = self.layout_of(size.width, size.height, kwargs).tokens
+            if tokens <= budget:
+                return size
+            least = min(tokens, least or tokens)
+        allowed = f"at least {least}" if least else "as many as the image has"
+        raise SettingsError(
+            "budget", budget, f"{allowed}, for an image of {width} x {height} pixels by resize"
+        )
+
+    def _as_tokens(
+        self, reduction: Reduction | None, size: ImageSize, kwargs: Mapping[str, object]
+    ) -> tuple[Layout, ImageSize | None]:
+        """The layout of an image with its settings, and to which size it is scaled for them.
+
+        Raises:
+            SettingsError: it cannot be scaled as far as the settings say.
+        """
+        layout = self.layout_of(size.width, size.height, kwargs)
+        if reduction is None or reduction.spec.place != "input":
+            return layout, None
+        self.geometry.check_method(reduction)
+        active = reduction.for_tokens(layout.tokens)
+        if active is None:
+            return layout, None
+        assert active.budget is not None
+        smaller = self.scaled(size.width, size.height, active.budget, kwargs)
+        fitted = self.layout_of(smaller.width, smaller.height, kwargs)
+        return fitted._replace(original=layout.tokens), smaller
 
     @property
     def largest_layout(self) -> Layout:
@@ -136,14 +214,21 @@ class ReducingProcessor:
             asked = per_image(kwargs, items.get_all_counts().get("image", 0))
             if any(asked) and self.geometry.unsupported:
                 raise SettingsError(key, kwargs.get(key), self.geometry.unsupported)
-            if any(asked) and isinstance(items["image"], ImageEmbeddingItems):
+            if any(asked) and isinstance(items["image"], _EMBEDDINGS):
                 raise SettingsError(key, kwargs.get(key), "left out with image_embeds inputs")
         except SettingsError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from None
         return asked
 
     def _settled(self, kwargs: Mapping[str, object], items: MultiModalDataItems) -> list[Packed]:
-        """The settings of every image as its size lets them be, and its layout.
+        """The settings of every image as its size lets them be, and its layout."""
+        return self._fitted(kwargs, items)[0]
+
+    def _fitted(
+        self, kwargs: Mapping[str, object], items: MultiModalDataItems
+    ) -> tuple[list[Packed], MultiModalDataItems]:
+        """The settings of every image as its size lets them be, its layout, and the images, those
+        scaled down that are to be.
 
         An image that is named by its uuid alone has no size: it keeps the settings that were
         asked for, and no layout.
@@ -162,26 +247,32 @@ class ReducingProcessor:
                         "every visual token.",
                         parameter="image_embeds",
                     )
-        if self.geometry.unsupported or isinstance(images, ImageEmbeddingItems):
-            return [Packed()] * len(asked)
+        if self.geometry.unsupported or isinstance(images, _EMBEDDINGS):
+            return [Packed()] * len(asked), items
         key = BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
         listed = isinstance(kwargs.get(key), Sequence)
-        settled = []
+        settled: list[Packed] = []
+        sizes: list[ImageSize | None] = []
+        options = _without_ours(kwargs)
         for image, reduction in enumerate(asked):
-            layout = None
-            if not self.geometry.by_image:
-                layout = self.geometry.layout
-            elif images[image] is not None:
-                layout = self.layout_of(*images.get_image_size(image))
-            if layout is not None:
-                try:
+            layout = size = None
+            try:
+                if not self.geometry.by_image:
+                    layout = self.geometry.layout
+                elif images[image] is not None:
+                    sent = images.get_image_size(image)
+                    layout, size = self._as_tokens(reduction, sent, options)
+                if layout is not None:
                     self.geometry.kept(reduction, layout=layout)
-                except SettingsError as error:
-                    within = f"{key}[{image}]" if listed else key
-                    raise RefusedImage(image, error, within) from None
-                reduction = reduction and reduction.for_tokens(layout.tokens)
+                    reduction = reduction and reduction.for_tokens(layout.sent)
+            except SettingsError as error:
+                within = f"{key}[{image}]" if listed else key
+                raise RefusedImage(image, error, within) from None
             settled.append(Packed(reduction, layout))
-        return settled
+            sizes.append(size)
+        if any(sizes):
+            items = MultiModalDataItems({**items, "image": ScaledImages(images, sizes)})
+        return settled, items
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
         """An image's hash depends on its own settings, not on those of its neighbours.
@@ -249,21 +340,18 @@ class ReducingProcessor:
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
         """The Hugging Face processor's output and one packed field an image."""
-        processed = super()._apply_hf_processor_main(mm_items, _without_ours(hf_kwargs))  # type: ignore[misc]
-        settled = self._settled(hf_kwargs, mm_items)
+        settled, items = self._fitted(hf_kwargs, mm_items)
+        processed = super()._apply_hf_processor_main(items, _without_ours(hf_kwargs))  # type: ignore[misc]
         if any(packed.layout for packed in settled):
-            if self.geometry.by_image and any(packed.reduction for packed in settled):
-                # Images of a prompt are padded with empty tiles to the largest of them: nobody
-                # needs those of a reduced one.
-                processed["pixel_values"] = [
-                    _own_tiles(pixels, packed) if packed.reduction else pixels
-                    for pixels, packed in zip(processed["pixel_values"], settled, strict=True)
-                ]
+            self.strip_padding(processed, settled)
             processed[PACKED_FIELD] = [
                 pack(packed.reduction, packed.layout if self.geometry.by_image else None)
                 for packed in settled
             ]
         return processed
+
+    def strip_padding(self, processed: BatchFeature, settled: Sequence[Packed]) -> None:
+        """Takes what is not a reduced image's own out of the processor's output."""
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -279,12 +367,12 @@ class ReducingProcessor:
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
+        settled, items = self._fitted(hf_processor_mm_kwargs, mm_items)
         updates = super()._get_prompt_updates(  # type: ignore[misc]
-            mm_items=mm_items,
+            mm_items=items,
             hf_processor_mm_kwargs=_without_ours(hf_processor_mm_kwargs),
             out_mm_kwargs=out_mm_kwargs,
         )
-        settled = self._settled(hf_processor_mm_kwargs, mm_items)
         if not any(packed.layout for packed in settled):
             return updates
 
@@ -304,6 +392,12 @@ class ReducingProcessor:
         """As many of vLLM's placeholders of the unreduced image as its settings keep."""
         assert packed.layout is not None
         if len(whole) != packed.layout.tokens:
+            if self.geometry.is_native:  # do_resize, or what else the client has said
+                raise VLLMValidationError(
+                    f"An image has {len(whole)} visual tokens, where the model would make "
+                    f"{packed.layout.tokens} of it: leave out what changes that.",
+                    parameter="mm_processor_kwargs",
+                )
             raise RuntimeError(
                 f"vLLM counts {len(whole)} visual tokens, but {packed.layout} has "
                 f"{packed.layout.tokens}"

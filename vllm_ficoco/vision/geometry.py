@@ -8,6 +8,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from vllm_ficoco import schedule
+from vllm_ficoco.methods import METHODS
+from vllm_ficoco.methods.paradigm import NEEDS, Method, Need
 from vllm_ficoco.schedule import Stage
 from vllm_ficoco.settings import Reduction, SettingsError
 from vllm_ficoco.vision.layout import Layout, Window
@@ -34,10 +36,11 @@ class PartPlan(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """A LLaVA as a reduction sees it: the tower's grid and layers, the decoder's stages."""
+    """A model as a reduction sees it: the tower's grid and layers, the decoder's stages."""
 
     grid: tuple[int, int]
-    """Rows and columns of patches that the tower makes of each of its inputs."""
+    """Rows and columns of tokens that the tower makes of each of its inputs; (0, 0) where every
+    image has a grid of its own (Qwen-VL)."""
     layers: int
     """Layers of the tower that run: up to the one whose output LLaVA takes."""
     has_cls: bool
@@ -46,6 +49,10 @@ class Geometry(NamedTuple):
     """First layer of every stage of the decoder at which tokens can leave."""
     by_image: bool = False
     """Whether an image's layout depends on its size (tiles)."""
+    offers: frozenset[Need] = frozenset({"layers", "attention"})
+    """What methods can have of the model."""
+    deepstack: int = 0
+    """Levels of visual tokens that are added behind the decoder's first layers (Qwen3-VL)."""
     unsupported: str = ""
     """Why nothing can be reduced; empty where something can. Nothing else then holds."""
 
@@ -70,9 +77,47 @@ class Geometry(NamedTuple):
             raise ValueError("the layout depends on the image")
         return Layout(self.grid)
 
+    @property
+    def is_native(self) -> bool:
+        """Whether every image has a grid of its own."""
+        return self.by_image and self.grid == (0, 0)
+
     def images_at_once(self, encoder_tokens: int) -> int:
-        """How many images or tiles a step may put through the tower, by what vLLM lets it do."""
-        return max(1, encoder_tokens // self.tokens)
+        """How many images or tiles a step may put through the tower, by what vLLM lets it do.
+
+        Of a model at native resolution: how many tokens.
+        """
+        return max(1, encoder_tokens // max(self.tokens, 1))
+
+    def lacks(self, method: Method) -> str:
+        """What the method needs and the model does not offer, in words; empty where nothing."""
+        missing = [words for need, words in NEEDS.items() if need in method.needs - self.offers]
+        return " and ".join(missing)
+
+    def check_method(self, reduction: Reduction, field: str = "budget") -> None:
+        """Whether this model can reduce by the method, whatever the image.
+
+        Args:
+            reduction: the settings.
+            field: where their budget stood, for messages.
+
+        Raises:
+            SettingsError: it lacks something for it, or has too few decoder stages.
+        """
+        if missing := self.lacks(reduction.spec):
+            able = [name for name, method in METHODS.items() if not self.lacks(method)]
+            raise SettingsError(
+                _beside(field, "method"),
+                reduction.method,
+                f"one of {', '.join(able)}: {reduction.method} needs {missing}, which this model "
+                "does not offer",
+            )
+        self.decoder_stages(reduction, field)
+
+    def place_of(self, method: Method) -> str:
+        """Where the method reduces before the decoder, see :attr:`Method.place`."""
+        at_output = method.at_output and "layers" not in self.offers
+        return "output" if at_output else method.place
 
     @property
     def spans(self) -> list[int]:
@@ -122,12 +167,13 @@ class Geometry(NamedTuple):
         """
         layout = layout or self.layout
         count, tokens = 1 + len(self.starts), layout.tokens
-        active = reduction.for_tokens(tokens) if reduction else None
+        active = reduction.for_tokens(layout.sent) if reduction else None
         if active is None:
             return [tokens] * count
+        self.check_method(active, field)
         part, budget = active.spec.decoder, active.budget or 0
         if part is None:
-            return [budget] * count
+            return [tokens if layout.original else budget] * count
         if (option := part.on_one_grid) and layout.is_tiled:
             value = active.options[option]
             if value != getattr(active.spec.options(), option):
@@ -177,11 +223,11 @@ class Geometry(NamedTuple):
             SettingsError: the method cannot reach the budget in this tower, or as :meth:`held`.
         """
         layout = layout or self.layout
-        active = reduction.for_tokens(layout.tokens)
+        active = reduction.for_tokens(layout.sent)
         if active is None:
             return []
         into_decoder = self.held(active, field, layout)[0]
-        if into_decoder >= layout.tokens:
+        if into_decoder >= layout.tokens or active.spec.place == "input":
             return []
         if active.keeps_newlines and not layout.is_tiled:
             raise SettingsError(
@@ -291,14 +337,15 @@ def _plan(geometry: Geometry, layout: Layout, reduction: Reduction, count: int) 
     for part, (window, keep) in enumerate(zip(windows, shares, strict=True)):
         if keep:
             # Inside the tower padding is like any token: the redundant leave first.
-            in_tower = reduction.spec.place == "tower"
-            had = geometry.tokens if in_tower else window.tokens
-            window = windows[0] if in_tower else window
-            stages = (
-                reduction.spec.schedule(had, keep, geometry.layers, reduction.parsed_options())
-                if keep < had
-                else []
-            )
+            place = geometry.place_of(reduction.spec)
+            had = geometry.tokens if place == "tower" else window.tokens
+            window = windows[0] if place == "tower" else window
+            stages = []
+            if keep < had and place != reduction.spec.place:
+                stages = schedule.at_output(keep, geometry.layers)
+            elif keep < had:
+                options = reduction.parsed_options()
+                stages = reduction.spec.schedule(had, keep, geometry.layers, options)
             plans.append(PartPlan(part, window, keep, tuple(stages)))
     return plans
 
@@ -309,8 +356,19 @@ def _beside(field: str, name: str) -> str:
     return field.removesuffix("budget") + name if beside else field
 
 
-FAMILIES = {"llava": False, "llava_next": True, "llava_onevision": True}
-"""``model_type`` of the models that can be reduced, and whether an image's layout is its own."""
+_LAYERS: frozenset[Need] = frozenset({"layers", "attention"})
+_NATIVE: frozenset[Need] = frozenset({"scaling", "attention"})
+
+FAMILIES: dict[str, frozenset[Need]] = {
+    "llava": _LAYERS,
+    "llava_next": _LAYERS | {"scaling"},
+    "llava_onevision": _LAYERS | {"scaling"},
+    "qwen2_vl": _NATIVE,
+    "qwen2_5_vl": _NATIVE,
+    "qwen3_vl": _NATIVE,
+    "qwen3_vl_moe": _NATIVE,
+}
+"""``model_type`` of the models that can be reduced, and what each offers to methods."""
 
 
 def geometry_of(config: Any) -> Geometry:
@@ -319,14 +377,36 @@ def geometry_of(config: Any) -> Geometry:
     Raises:
         UnsupportedModel: there is no way to reduce for this configuration.
     """
-    vision = getattr(config, "vision_config", None)
+    vision, family = getattr(config, "vision_config", None), getattr(config, "model_type", None)
+    offers = FAMILIES.get(family or "")
+    if offers is None or vision is None:
+        raise UnsupportedModel(
+            f"visual tokens can be reduced for {', '.join(FAMILIES)} models, not for {family!r}"
+        )
+    geometry = _native(vision) if "layers" not in offers else _llava(config)
+    return geometry._replace(
+        decoder_layers=config.text_config.num_hidden_layers,
+        starts=decoder_stages(config),
+        by_image="scaling" in offers,
+        offers=offers,
+    )
+
+
+def _native(vision: Any) -> Geometry:
+    """Of a tower that takes images as they come and merges its patches into tokens (Qwen-VL)."""
+    deepstack = len(getattr(vision, "deepstack_visual_indexes", ()))
+    return Geometry((0, 0), vision.depth, False, deepstack=deepstack)
+
+
+def _llava(config: Any) -> Geometry:
+    """Of a CLIP or SigLIP tower.
+
+    Raises:
+        UnsupportedModel: it is another one, or more is taken from it than one layer's output.
+    """
+    vision, chosen = config.vision_config, config.vision_feature_layer
     kind = getattr(vision, "model_type", None)
     strategy = getattr(config, "vision_feature_select_strategy", None)
-    by_image = FAMILIES.get(getattr(config, "model_type", None) or "")
-    if by_image is None or vision is None:
-        raise UnsupportedModel(
-            f"visual tokens can be reduced for LLaVA models, not for {config.model_type!r}"
-        )
     # [CLS] must be there for CLIP to drop, and must not be there for SigLIP to keep all.
     wanted = {"clip_vision_model": "default", "siglip_vision_model": "full"}
     if kind not in wanted:
@@ -339,8 +419,7 @@ def geometry_of(config: Any) -> Geometry:
             f"{wanted[kind]!r}, not {strategy!r}"
         )
     side = vision.image_size // vision.patch_size
-    chosen = config.vision_feature_layer
-    if by_image and not isinstance(chosen, int):
+    if config.model_type != "llava" and not isinstance(chosen, int):
         raise UnsupportedModel(
             "features of several layers of the tower cannot be reduced (vision_feature_layer = "
             f"{chosen})"
@@ -350,14 +429,7 @@ def geometry_of(config: Any) -> Geometry:
         layer if layer >= 0 else vision.num_hidden_layers + layer + 1
         for layer in ([chosen] if isinstance(chosen, int) else chosen)
     )
-    return Geometry(
-        (side, side),
-        deepest,
-        kind == "clip_vision_model",
-        config.text_config.num_hidden_layers,
-        decoder_stages(config),
-        by_image,
-    )
+    return Geometry((side, side), deepest, kind == "clip_vision_model")
 
 
 def decoder_stages(config: Any) -> tuple[int, ...]:
@@ -375,5 +447,12 @@ def decoder_stages(config: Any) -> tuple[int, ...]:
         raise ValueError(
             f"{STAGES_KEY} = {starts} is not valid: it must be layers of the decoder, from 1 to "
             f"{layers - 1}, in ascending order"
+        )
+    levels = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    if starts and starts[0] < levels:
+        raise ValueError(
+            f"{STAGES_KEY} = {starts} is not valid: the decoder's first {levels} layers take in "
+            f"visual tokens of the vision tower's (deepstack), so a stage can start at {levels} or "
+            "later"
         )
     return tuple(starts)

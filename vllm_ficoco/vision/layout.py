@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the visual tokens of one image stand: how many parts it has, their grids, its newlines.
 
-LLaVA-1.5 puts an image through the tower once: one part, one grid. LLaVA-NeXT and LLaVA-OneVision
-put it through as a whole (the thumbnail) and cut into tiles. The tiles are stitched to one grid,
-which is cut to the image's shape, and a newline token follows every row of it:
+LLaVA-1.5 puts an image through the tower once: one part, one grid. So does Qwen-VL, with a grid of
+the image's own, whose places are what its tower merges into one token. LLaVA-NeXT and
+LLaVA-OneVision put it through as a whole (the thumbnail) and cut into tiles. The tiles are stitched
+to one grid, which is cut to the image's shape, and a newline token follows every row of it:
 
     thumbnail, row 0 of the stitched grid, newline, row 1, newline, ...
 
@@ -71,6 +72,8 @@ class Layout(NamedTuple):
     shrunk: tuple[int, int] | None = None
     """Rows and columns that the model shrinks the window to where it is too large (OneVision). A
     reduced image is not shrunk: its tokens are chosen among all that the tower has made."""
+    original: int = 0
+    """Visual tokens of the image as it was sent, where it is scaled down before the tower."""
 
     @property
     def is_tiled(self) -> bool:
@@ -95,6 +98,11 @@ class Layout(NamedTuple):
             return whole
         rows, columns = self.shrunk or (self.window.rows, self.window.columns)
         return whole + rows * (columns + 1)
+
+    @property
+    def sent(self) -> int:
+        """Visual tokens of the image as it was sent: what a budget is compared with."""
+        return self.original or self.tokens
 
     @property
     def newlines(self) -> int:
@@ -148,11 +156,13 @@ class Layout(NamedTuple):
             ValueError: it is not a layout.
         """
         try:
-            grid, tiles, window, shrunk = json.loads(text)
-            made = cls(_pair(grid), _pair(tiles), Window(*window), shrunk and _pair(shrunk))
+            grid, tiles, window, shrunk, original = json.loads(text)
+            made = cls(
+                _pair(grid), _pair(tiles), Window(*window), shrunk and _pair(shrunk), original
+            )
         except TypeError as error:
             raise ValueError(f"not a layout: {text[:100]}") from error
-        numbers = (*made.grid, *made.tiles, *made.window, *(made.shrunk or ()))
+        numbers = (*made.grid, *made.tiles, *made.window, *(made.shrunk or ()), original)
         if any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError(f"not a layout: {text[:100]}")
         return made

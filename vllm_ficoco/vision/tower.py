@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,11 @@ from vllm_ficoco.vision.layout import Layout, Window
 
 Timer = Callable[[str], AbstractContextManager[None]]
 """Times the reduction part of a stage; given the method's name."""
+
+
+def no_timer(_: str) -> AbstractContextManager[None]:
+    """Times nothing."""
+    return nullcontext()
 
 
 class Input(NamedTuple):
@@ -53,7 +58,7 @@ class ReducingTower:
         vision_model: nn.Module,
         geometry: Geometry,
         sum_over_ranks: Callable[[Tensor], Tensor],
-        timer: Timer = lambda _: nullcontext(),
+        timer: Timer = no_timer,
     ) -> None:
         self.vision_model = vision_model
         self.geometry = geometry
@@ -244,7 +249,9 @@ class ReducingTower:
         self, layer: nn.Module, query: Tensor, key: Tensor, pixels: Tensor, window: Window
     ) -> Evidence:
         attention = layer.self_attn
-        split = attention.tp_size > 1  # else the tower is whole, or replicated, on every rank
+        split: dict[str, Any] = {}
+        if attention.tp_size > 1:  # else the tower is whole, or replicated, on every rank
+            split["sum_over_ranks"] = self.sum_over_ranks
         return Evidence(
             query=query,
             key=key,
@@ -253,7 +260,7 @@ class ReducingTower:
             has_cls=self.geometry.has_cls,
             pixels=pixels,
             heads=attention.num_heads,
-            **({"sum_over_ranks": self.sum_over_ranks} if split else {}),
+            **split,
         )
 
 

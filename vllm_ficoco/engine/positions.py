@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's M-RoPE area: the tokens that an image keeps stand where they stood.
+
+Qwen-VL's positions have three rows: time, row and column. An image's tokens get those of their
+places from its first position on, and text behind it goes on from the larger side of its grid,
+however many of them stay. vLLM makes the positions of a prompt before its images go through the
+tower, so which tokens stay is not known yet: it gives all that stay the image's first position, and
+what is behind the image its right one (:func:`shortened`). Rows and columns come with the tokens
+out of the tower, and the model adds them when it runs (:class:`Offsets`).
+
+vLLM's own way for pruned videos (``SupportsMultiModalPruning``) sends positions as columns of the
+embeddings, whose type cannot hold whole numbers above 256 (bfloat16), and is on for a whole server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+from vllm_ficoco.engine.visual import VisualTokens
+from vllm_ficoco.methods.paradigm import on_device
+
+FACTOR = 4
+"""Positions that the rotary table has for each that the model was trained on. vLLM gives Qwen2-VL
+and Qwen2.5-VL as many, for the sake of videos; Qwen3-VL gets them here: reduced images take
+positions that no token stands at, so a prompt reaches farther than it is long."""
+
+Positions = Callable[[list[int], list[MultiModalFeatureSpec]], tuple[Tensor, int]]
+
+
+def table_size(text_config: Any) -> int:
+    """How many positions the rotary table has."""
+    rope = text_config.rope_parameters
+    trained = rope.get("original_max_position_embeddings") or text_config.max_position_embeddings
+    return FACTOR * int(trained)
+
+
+def enlarge_table(layers: Sequence[nn.Module], text_config: Any) -> None:
+    """Gives a decoder's layers the table of :func:`table_size`; most have it already."""
+    for layer in layers:
+        attention = layer.self_attn
+        table = attention.rotary_emb
+        if len(table.cos_sin_cache) < table_size(text_config):
+            attention.rotary_emb = get_rope(
+                attention.head_dim,
+                max_position=text_config.max_position_embeddings,
+                rope_parameters=text_config.rope_parameters,
+                mrope_positions_factor=FACTOR,
+            )
+
+
+def shortened(
+    of_whole: Positions,
+    input_tokens: list[int],
+    mm_features: list[MultiModalFeatureSpec],
+    merge_size: int,
+) -> tuple[Tensor, int]:
+    """The positions of a prompt whose images have fewer tokens than their grids have places.
+
+    They are vLLM's of the unreduced prompt, cut. All tokens of a reduced image get the position of
+    its first place.
+
+    Args:
+        of_whole: vLLM's own way to make positions.
+        input_tokens: of the prompt.
+        mm_features: its images and videos.
+        merge_size: patches of a side of what the tower merges into a token.
+
+    Returns:
+        (3, tokens), and what to add to a number of tokens for the position behind them.
+    """
+    whole_tokens: list[int] = []
+    whole_features, cuts, at = [], [], 0
+    for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
+        place = feature.mm_position
+        whole_tokens += input_tokens[at : place.offset]
+        start, at = len(whole_tokens), place.offset + place.length
+        length = place.length
+        if feature.modality == "image":
+            assert feature.data is not None
+            grid: Any = feature.data["image_grid_thw"].data
+            length = int(grid.prod()) // merge_size**2
+            if length != place.length:
+                cuts.append((start, place.length, length))
+        own = input_tokens[place.offset : at]
+        whole_tokens += own if length == place.length else own[:1] * length
+        whole_features.append(
+            replace(feature, mm_position=replace(place, offset=start, length=length))
+        )
+    if not cuts:
+        return of_whole(input_tokens, mm_features)
+    whole_tokens += input_tokens[at:]
+    positions, delta = of_whole(whole_tokens, whole_features)
+    stays = torch.ones(len(whole_tokens), dtype=torch.bool)
+    for start, kept, length in cuts:
+        positions[:, start : start + kept] = positions[:, start : start + 1].clone()
+        stays[start + kept : start + length] = False
+    return positions[:, stays].contiguous(), delta + len(whole_tokens) - len(input_tokens)
+
+
+class Offsets:
+    """What a coming forward pass has to add to its positions."""
+
+    def __init__(self) -> None:
+        self._rows: list[int] = []
+        self._offsets: list[Tensor] = []
+
+    def note(self, embeddings: Sequence[Tensor], is_visual: Tensor | None) -> None:
+        """Notes which rows are tokens of reduced images, and where those stand.
+
+        Args:
+            embeddings: of the images among the rows, in their order.
+            is_visual: (rows,) bool, which rows those are.
+        """
+        self._rows, self._offsets = [], []
+        placed = [isinstance(e, VisualTokens) and e.offsets is not None for e in embeddings]
+        if is_visual is None or not any(placed):
+            return
+        rows = is_visual.cpu().nonzero()[:, 0].tolist()  # where vLLM has it; the host does not wait
+        first = 0
+        for tokens, has_places in zip(embeddings, placed, strict=True):
+            if has_places:
+                assert isinstance(tokens, VisualTokens) and tokens.offsets is not None
+                self._rows += rows[first : first + len(tokens)]
+                self._offsets.append(tokens.offsets)
+            first += len(tokens)
+
+    def add_to(self, positions: Tensor) -> None:
+        """Adds them to (3, rows) positions, once.
+
+        In place: it is the runner's buffer, which it fills anew in every step and whose address
+        piecewise CUDA graphs have taken down.
+        """
+        if not self._offsets:
+            return
+        rows = on_device(self._rows, positions.device)
+        offsets = torch.cat(self._offsets).T.to(positions.dtype)
+        positions[1:].index_add_(1, rows, offsets)
+        self._rows, self._offsets = [], []

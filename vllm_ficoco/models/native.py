@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that take images at their own resolution, with positions of three rows (Qwen-VL)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.model_executor.models.qwen2_vl import Qwen2VLProcessingInfo
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.multimodal.parse import ImageSize
+from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.sequence import IntermediateTensors
+
+from vllm_ficoco.engine.checks import check_positions
+from vllm_ficoco.engine.positions import Offsets, enlarge_table, shortened, table_size
+from vllm_ficoco.engine.visual import VisualTokens
+from vllm_ficoco.models.processing import COUNTS_KEY, ReducingProcessor
+from vllm_ficoco.models.reducing import ReducingModel
+from vllm_ficoco.packed import PACKED_FIELD, Packed, unpack
+from vllm_ficoco.vision.geometry import Geometry
+from vllm_ficoco.vision.layout import Layout
+from vllm_ficoco.vision.native import Kind, NativeTower
+from vllm_ficoco.vision.tower import Timer
+
+
+class NativeProcessor(ReducingProcessor):
+    """The mixin for their processors."""
+
+    info: Qwen2VLProcessingInfo
+
+    @property
+    def _unit(self) -> int:
+        """Pixels of a side of what becomes one token."""
+        vision = self.info.get_hf_config().vision_config
+        return int(vision.patch_size * vision.spatial_merge_size)
+
+    def layout_of(
+        self, width: int, height: int, kwargs: Mapping[str, object] | None = None
+    ) -> Layout:
+        """As vLLM counts it."""
+        size, _ = self.info._get_vision_info(
+            image_width=width,
+            image_height=height,
+            num_frames=1,
+            image_processor=self.info.get_image_processor(),
+            mm_kwargs=kwargs or {},
+        )
+        return Layout((size.height // self._unit, size.width // self._unit))
+
+    def smaller_sizes(
+        self, width: int, height: int, kwargs: Mapping[str, object] | None
+    ) -> Iterator[ImageSize]:
+        """Of whole tokens, as nearly of the image's shape as those allow."""
+        rows, columns = self.layout_of(width, height, kwargs).grid
+        grids = {(row, max(1, round(columns * row / rows))) for row in range(1, rows + 1)}
+        grids |= {(max(1, round(rows * c / columns)), c) for c in range(1, columns + 1)}
+        for row, column in sorted(grids, key=lambda grid: (-grid[0] * grid[1], grid)):
+            yield ImageSize(width=column * self._unit, height=row * self._unit)
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        """As its base's.
+
+        Raises:
+            VLLMValidationError: the prompt's images would take positions that the model has not.
+        """
+        made = super().apply(inputs, timing_ctx)
+        self._refuse_far(made[COUNTS_KEY])
+        return made
+
+    def _refuse_far(self, images: Sequence[Packed]) -> None:
+        """An image takes as many positions as the larger side of its grid, however little stays.
+
+        A position behind the end of the rotary table ends the engine, so what may follow the prompt
+        is counted with it.
+        """
+        beyond = 0
+        for packed in images:
+            if packed.reduction is not None and packed.layout is not None:
+                kept = self.geometry.kept(packed.reduction, layout=packed.layout)
+                beyond += max(0, max(packed.layout.grid) - kept)
+        model = self.info.ctx.model_config
+        table = table_size(model.hf_text_config)
+        if beyond and model.max_model_len + beyond > table:
+            raise VLLMValidationError(
+                f"The images of this prompt take {beyond} positions more than they keep tokens, "
+                f"and this model has {max(0, table - model.max_model_len)} to spare ({table}, less "
+                f"{model.max_model_len} of the context): send fewer images, or give long ones a "
+                "larger budget.",
+                parameter="visual_token_budget",
+            )
+
+
+class NativeModel(ReducingModel):
+    """The mixin for vLLM's models.
+
+    A batch in which nothing is reduced takes vLLM's own path. Else vLLM's tower runs on all of it
+    and its output is reduced.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        check_positions(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.offsets = Offsets()
+        text = vllm_config.model_config.hf_text_config
+        enlarge_table(self.language_model.model.layers, text)  # type: ignore[attr-defined]
+
+    def make_tower(self, geometry: Geometry, timer: Timer) -> NativeTower | None:
+        if not hasattr(self.visual, "blocks"):  # type: ignore[attr-defined]
+            return None  # the server takes no images
+        return NativeTower(self.visual, tensor_model_parallel_all_reduce, timer)  # type: ignore[attr-defined]
+
+    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+        """Visual tokens of a batch of images, possibly of several requests.
+
+        Args:
+            **kwargs: the processor's fields: ``pixel_values``, (patches of all images, values),
+                ``image_grid_thw``, (B, 3), and the packed field of every image.
+
+        Returns:
+            One tensor (kept, D) an image; D is more than the decoder's hidden size with deepstack.
+        """
+        packed: Any = kwargs.pop(PACKED_FIELD, None)
+        images = [] if packed is None else [unpack(p) for p in packed]
+        if not any(image.reduction for image in images):
+            return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        kinds = [self._kind(image) for image in images]
+        outputs: list[Tensor] = []
+        pixels, grids = kwargs["pixel_values"], kwargs["image_grid_thw"]
+        assert isinstance(pixels, Tensor) and isinstance(grids, Tensor)
+        patches = grids.prod(-1).tolist()
+        of_images = pixels.split(patches)
+        for first, end in self._runs(images):
+            now = slice(first, end)
+            watch = any(kind and kind.reduction.spec.needs for kind in kinds[now])
+            with self.reducing_tower.watching(watch):
+                # Slices of fields on the host and the device; a run of images is a run of patches.
+                start = sum(patches[:first])
+                embeddings = super().embed_multimodal(  # type: ignore[misc]
+                    pixel_values=pixels[start : start + sum(patches[now])],
+                    image_grid_thw=grids[now],
+                )
+                reduced = self.reducing_tower.reduce(embeddings, of_images[now], kinds[now])
+            for i, (tokens, place) in enumerate(reduced, first):
+                outputs.append(self._marked(tokens, place, images[i], of_images[i]))
+        return outputs
+
+    def _kind(self, image: Packed) -> Kind | None:
+        if image.reduction is None or image.layout is None:
+            return None
+        plans = self.geometry.parts(image.reduction, layout=image.layout)
+        return Kind(image.reduction, plans[0]) if plans else None
+
+    def _runs(self, images: Sequence[Packed]) -> Iterator[tuple[int, int]]:
+        """Images that follow one another, no more tokens at once than the tower may make."""
+        first = tokens = 0
+        for i, image in enumerate(images):
+            more = image.layout.encoded if image.layout is not None else 0
+            if i > first and tokens + more > self.images_at_once:
+                yield first, i
+                first = i
+                tokens = 0
+            tokens += more
+        yield first, len(images)
+
+    def _marked(
+        self, tokens: Tensor, place: Tensor | None, image: Packed, pixels: Tensor
+    ) -> Tensor:
+        """An image's tokens with what has to go with them into the decoder."""
+        if image.layout is None:
+            return tokens
+        if place is not None:
+            columns = image.layout.grid[1]
+            offsets = torch.stack([place // columns, place % columns], 1)
+            tokens = VisualTokens.of(tokens, offsets=offsets)
+        if self.staged_decoder is not None:
+            tokens = self.staged_decoder.mark(
+                tokens, image.reduction, place, pixels[None], image.layout
+            )
+        return tokens
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
+    ) -> tuple[Tensor, int]:
+        """As vLLM's for the unreduced prompt, cut to what is left of it."""
+        return shortened(
+            super().get_mrope_input_positions,  # type: ignore[misc]
+            input_tokens,
+            mm_features,
+            self.config.vision_config.spatial_merge_size,  # type: ignore[attr-defined]
+        )
+
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: MultiModalEmbeddings | None = None,
+        *,
+        is_multimodal: Tensor | None = None,
+    ) -> Tensor:
+        """As its base's; the places of reduced images' tokens are noted for :meth:`forward`."""
+        embeddings: Any = multimodal_embeddings if multimodal_embeddings is not None else ()
+        self.offsets.note(embeddings, is_multimodal)
+        if self.staged_decoder is None and embeddings:
+            multimodal_embeddings = [tokens.as_subclass(Tensor) for tokens in embeddings]
+        return super().embed_input_ids(
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: object,
+    ) -> Tensor | IntermediateTensors:
+        self.offsets.add_to(positions)
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
