@@ -5,12 +5,14 @@
     python benchmarks/budgets.py --decoder llava-1.5-7b --batch 1,8,32    # on a GPU
     python benchmarks/budgets.py --decoder llava-next-cut --dtype float32 --budgets 640,320,160 \
         --methods topk,visionzip,ficoco-v,globalcom2,hired,fastv --stages 2     # tiles, on a CPU
+    python benchmarks/budgets.py --decoder qwen2.5-vl-cut --dtype float32 --budgets 512,256,128 \
+        --methods topk,visionzip,prumerge,ficoco-v,resize                       # Qwen-VL, on a CPU
 
-LLaVA-1.5's or LLaVA-NeXT's tower (images of 2 x 2 tiles) with a decoder of real geometry and random
-weights. Three engines take turns in one run, in processes of their own: vLLM without this package,
-with it, and with it and decoder stages. Every image is unseen, so no cache hides a prefill. Each
-figure is the median of the rounds; ratios are taken within a round, against vllm-ficoco with
-reduction off.
+LLaVA-1.5's, LLaVA-NeXT's (images of 2 x 2 tiles) or Qwen2.5-VL's tower (32 x 32 tokens) with a
+decoder of real geometry and random weights. Three engines take turns in one run, in processes of
+their own: vLLM without this package, with it, and with it and decoder stages. Every image is
+unseen, so no cache hides a prefill. Each figure is the median of the rounds; ratios are taken within
+a round, against vllm-ficoco with reduction off.
 
 Ideals come from :mod:`vllm_ficoco.cost`: FLOPs for tower and prefill, bytes of weights and KV cache
 for a decode step.
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import os
 import tempfile
 import time
@@ -33,12 +36,14 @@ from typing import Any
 
 from engines import (
     DECODERS,
+    QWEN,
     Child,
+    Family,
     checkpoint,
     conditions,
     environment,
+    family,
     geometry,
-    is_tiled,
     layout,
     prompts,
     serve,
@@ -71,11 +76,11 @@ class Probe:
         starts: first layers of the decoder's stages; none for vLLM's own scheduler and cache.
         batch: requests that must fit into one step.
         eager: no torch.compile and no CUDA graphs.
-        tiled: images are of 2 x 2 tiles.
+        kind: the model's family.
     """
 
     def __init__(
-        self, model: str, dtype: str, starts: Sequence[int], batch: int, eager: bool, tiled: bool
+        self, model: str, dtype: str, starts: Sequence[int], batch: int, eager: bool, kind: Family
     ) -> None:
         import torch
 
@@ -92,7 +97,7 @@ class Probe:
                 options["attention_config"] = {"backend": "TRITON_ATTN"}
         if gpu:
             options["gpu_memory_utilization"] = 0.3  # three engines share it
-        self.side, context = (672, 3072) if tiled else (168, 1024)
+        self.kind, context = kind, kind.context
         self.engine = LLM(
             model=model,
             dtype=dtype,
@@ -154,7 +159,8 @@ class Probe:
         extra = (
             {"mm_processor_kwargs": {"reduction": asked["reduction"]}} if asked["reduction"] else {}
         )
-        requests = prompts(asked["seed"], asked["batch"], WORDS, self.side)
+        kind = self.kind
+        requests = prompts(asked["seed"], asked["batch"], WORDS, kind.side, kind.image)
         self.spent.clear()
         self.memory.start()
         answer: Answer = {}
@@ -285,6 +291,33 @@ def tower_flops(
     return flops
 
 
+def native_flops(vision: Any, layout: Layout) -> int:
+    """Of Qwen2.5-VL's tower, its merger left out: most layers attend within windows."""
+    tower = Decoder(
+        vision.depth,
+        vision.hidden_size,
+        vision.intermediate_size,
+        vision.num_heads,
+        vision.num_heads,
+        vision.hidden_size // vision.num_heads,
+    )
+    patches = layout.tokens * vision.spatial_merge_size**2
+    window = (vision.window_size // vision.patch_size) ** 2
+    flops = vision.depth * mlp_flops(patches, tower)
+    for layer in range(vision.depth):
+        seen = patches if layer in vision.fullatt_block_indexes else window
+        flops += patches // seen * attention_flops(seen, tower)
+    return flops
+
+
+def scaled(layout: Layout, reduction: Reduction | None) -> Layout:
+    """A square image's layout, scaled to the largest square within the budget where it is to be."""
+    if reduction is None or reduction.spec.place != "input":
+        return layout
+    side = math.isqrt(reduction.budget or 0)
+    return Layout((side, side), original=layout.tokens)
+
+
 def decode_bytes(rows: Sequence[int], decoder: Decoder, batch: int) -> int:
     """What a decode step reads: the decoder's weights, and the cache of every request."""
     weights = decoder.layers * (decoder.projection_weights + decoder.mlp_weights)
@@ -318,7 +351,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from tqdm import tqdm
     from transformers import AutoConfig
 
-    checkpoint(folder, *geometry(args.decoder), is_tiled(args.decoder))
+    checkpoint(folder, *geometry(args.decoder), family(args.decoder))
     config = AutoConfig.from_pretrained(folder)
     if not any(METHODS[method].decoder for method in args.methods):
         args.stages = []
@@ -347,7 +380,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     element = {"float32": 4}.get(args.dtype, 2)
     decoder = cost_of(config.text_config, element)
-    tower = cost_of(config.vision_config, element, mlp_matrices=2)
+
+    def flops_of_tower(reduction: Reduction | None) -> int:
+        if family(args.decoder) is QWEN:
+            return native_flops(config.vision_config, scaled(image, reduction))
+        tower = cost_of(config.vision_config, element, mlp_matrices=2)
+        return tower_flops(places, tower, reduction, image)
+
     results: dict[str, Any] = {
         "conditions": {
             **conditions(),
@@ -357,9 +396,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "eager": args.eager,
             "kv_cache_bytes_per_token": decoder.kv_bytes_per_token,
         },
-        "tower_flops": {
-            name: tower_flops(places, tower, reduction, image) for name, _, reduction in asked
-        },
+        "tower_flops": {name: flops_of_tower(reduction) for name, _, reduction in asked},
         "rounds": [],
     }
     seed = time.time_ns() % 2**31
@@ -535,8 +572,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     environment()
     if args.probe:
-        tiled = is_tiled(args.decoder)
-        serve(Probe(args.probe, args.dtype, args.stages, max(args.batch), args.eager, tiled))
+        kind = family(args.decoder)
+        serve(Probe(args.probe, args.dtype, args.stages, max(args.batch), args.eager, kind))
         return
     with tempfile.TemporaryDirectory() as folder:
         print("\n" + report(measure(args, Path(folder))))

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_ficoco.tiny_llava import CHECKPOINT as SHIPPED
 from vllm_ficoco.vision.layout import Layout, Window
@@ -54,51 +54,97 @@ CUT_TOWER = {
 """As many patches and layers, a sixteenth of the weights: five tiles of the whole one take a CPU
 half a minute."""
 
+QWEN_CUT_TOWER = {
+    "depth": 32,
+    "hidden_size": 320,
+    "intermediate_size": 856,
+    "num_heads": 4,
+    "out_hidden_size": 1024,
+}
+"""Qwen2.5-VL's layers, a sixteenth of the weights."""
+
+QWEN_TOWER = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+}
+
 DECODERS = {
     "1b": decoder(20, 2048, 5504, 16),
     "llava-1.5-7b": decoder(32, 4096, 11008, 32),
     "llava-1.5-13b": decoder(40, 5120, 13824, 40),
     "llava-next-cut": decoder(8, 1024, 2816, 8),
     "llava-next-7b": decoder(32, 4096, 11008, 32),
+    "qwen2.5-vl-cut": decoder(8, 1024, 2816, 8),
+    "qwen2.5-vl-7b": {**decoder(28, 3584, 18944, 28), "num_key_value_heads": 4},
 }
-"""Behind LLaVA-1.5's tower, or LLaVA-NeXT's, which is the same and runs for every tile. Those that
-are cut down are for CPUs, where the prefill still takes most of the time to first token."""
+"""Behind LLaVA-1.5's tower, LLaVA-NeXT's, which is the same and runs for every tile, or
+Qwen2.5-VL's. Those that are cut down are for CPUs, where the prefill still takes most of the time
+to first token."""
 
 TILINGS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
 """LLaVA-NeXT's, rows and columns of tiles."""
 
 
-def is_tiled(name: str) -> bool:
-    """Whether one of :data:`DECODERS` stands behind tiles."""
-    return name.startswith("llava-next")
+class Family(NamedTuple):
+    """What a benchmark asks of a model."""
+
+    name: str
+    side: int
+    """Pixels of a side of its images."""
+    context: int
+    """Tokens that hold such an image and a question."""
+    image: str = "<image>"
+    """Stands for one in a prompt."""
+
+
+LLAVA = Family("llava", 168, 1024)
+LLAVA_NEXT = Family("llava-next", 672, 3072)
+"""2 x 2 tiles."""
+QWEN = Family("qwen2.5-vl", 896, 1536, "<|vision_start|><|image_pad|><|vision_end|>")
+"""32 x 32 tokens."""
+
+
+def family(name: str) -> Family:
+    """Of one of :data:`DECODERS`."""
+    return next((f for f in (LLAVA_NEXT, QWEN) if name.startswith(f.name)), LLAVA)
 
 
 def layout(name: str, side: int) -> Layout:
     """Of the images of :func:`prompts`, behind a tower that makes side x side patches."""
+    if family(name) is QWEN:
+        return Layout((QWEN.side // 28, QWEN.side // 28))
     grid = side, side
-    return (
-        Layout(grid, (2, 2), Window(0, 0, 2 * side, 2 * side)) if is_tiled(name) else Layout(grid)
-    )
+    tiled = family(name) is LLAVA_NEXT
+    return Layout(grid, (2, 2), Window(0, 0, 2 * side, 2 * side)) if tiled else Layout(grid)
 
 
 def geometry(name: str) -> tuple[dict[str, int], dict[str, int]]:
     """What :func:`checkpoint` needs for one of :data:`DECODERS`, or for the shipped model's own."""
-    tower = CUT_TOWER if name == "llava-next-cut" else CLIP_L
-    return ({}, {}) if name == "shipped" else (tower, DECODERS[name])
+    towers = {
+        "llava-next-cut": CUT_TOWER,
+        "qwen2.5-vl-cut": QWEN_CUT_TOWER,
+        "qwen2.5-vl-7b": QWEN_TOWER,
+    }
+    return ({}, {}) if name == "shipped" else (towers.get(name, CLIP_L), DECODERS[name])
 
 
 def checkpoint(
-    folder: Path, vision: dict[str, int], text: dict[str, int], tiled: bool = False
+    folder: Path, vision: dict[str, int], text: dict[str, int], kind: Family = LLAVA
 ) -> Path:
-    """A LLaVA of this geometry with the shipped model's few words, and no weights (vLLM's dummy
+    """A model of this geometry with the shipped model's few words, and no weights (vLLM's dummy
     loader makes some).
 
     Args:
         folder: where to write it.
         vision: what differs in the tower's configuration.
         text: in the decoder's.
-        tiled: LLaVA-NeXT, else LLaVA-1.5.
+        kind: its family.
     """
+    if kind is QWEN:
+        return _qwen(folder, vision, text)
     config = json.loads((SHIPPED / "config.json").read_text())
     config["vision_config"].update(vision)
     config["text_config"].update(text)
@@ -107,7 +153,7 @@ def checkpoint(
     processor = json.loads((SHIPPED / "processor_config.json").read_text())
     processor["image_processor"]["crop_size"] = {"height": side, "width": side}
     processor["image_processor"]["size"] = {"shortest_edge": side}
-    if tiled:
+    if kind is LLAVA_NEXT:
         pinpoints = [[side * rows, side * columns] for rows, columns in TILINGS]
         config["text_config"]["max_position_embeddings"] = 4096
         config |= {
@@ -128,20 +174,71 @@ def checkpoint(
     return folder
 
 
-def prompts(seed: int, count: int, words: int = 3, side: int = 168) -> list[dict[str, Any]]:
+def _qwen(folder: Path, vision: dict[str, int], text: dict[str, int]) -> Path:
+    from transformers import AutoTokenizer, Qwen2_5_VLConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    marks = ["<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    start, image, video, end = tokenizer.convert_tokens_to_ids(marks)
+    tokenizer.chat_template = (SHIPPED / "chat_template.jinja").read_text()
+    tokenizer.chat_template = tokenizer.chat_template.replace(LLAVA.image, QWEN.image)
+    tokenizer.save_pretrained(folder)
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            **vision,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        text_config={
+            **text,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 32768,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [16, 24, 24],
+            },
+            "tie_word_embeddings": False,
+        },
+        vision_start_token_id=start,
+        image_token_id=image,
+        video_token_id=video,
+        vision_end_token_id=end,
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+    )
+    config.save_pretrained(folder)
+    pixels = {"shortest_edge": 4 * 28**2, "longest_edge": 16384 * 28**2}
+    shape = {"size": pixels, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    image_ = {**shape, "image_processor_type": "Qwen2VLImageProcessor"}
+    video_ = {**shape, "video_processor_type": "Qwen2VLVideoProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(image_))
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video_))
+    processor = {"processor_class": "Qwen2_5_VLProcessor"}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def prompts(
+    seed: int, count: int, words: int = 3, side: int = 168, image: str = LLAVA.image
+) -> list[dict[str, Any]]:
     """Requests with one unseen image each, so that no cache hides the prefill.
 
     Args:
         seed: of the images.
         count: of requests.
         words: of a question.
-        side: of an image, in pixels; 672 is 2 x 2 tiles in LLaVA-NeXT.
+        side: of an image, in pixels.
+        image: what stands for it.
     """
     import numpy as np
     from PIL import Image
 
     generator = np.random.default_rng(seed)
-    text = f"USER: <image> {' '.join(['there'] * words)} ? ASSISTANT:"
+    text = f"USER: {image} {' '.join(['there'] * words)} ? ASSISTANT:"
     return [
         {
             "prompt": text,
@@ -254,4 +351,4 @@ def cpu_name() -> str:
 
 if __name__ == "__main__":
     _, name, folder = sys.argv
-    checkpoint(Path(folder), *geometry(name), is_tiled(name))
+    checkpoint(Path(folder), *geometry(name), family(name))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy import Question, Scene, held_out
-from engines import checkpoint, environment, geometry
+from engines import LLAVA_NEXT, checkpoint, environment, geometry
 from vllm_ficoco.tiny_llava import CHECKPOINT as SHIPPED
 
 
@@ -29,7 +29,7 @@ def tiled(folder: Path) -> Path:
     """The shipped checkpoint as a LLaVA-NeXT, in this folder."""
     from safetensors.torch import load_file, save_file
 
-    checkpoint(folder, *geometry("shipped"), tiled=True)
+    checkpoint(folder, *geometry("shipped"), LLAVA_NEXT)
     shutil.copy(SHIPPED / "generation_config.json", folder)
     weights = load_file(SHIPPED / "model.safetensors")
     words = next(weight for name, weight in weights.items() if "embed_tokens" in name)

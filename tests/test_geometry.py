@@ -45,7 +45,7 @@ def test_siglip_has_no_cls() -> None:
         (llava(vision_feature_select_strategy="full"), "'default', not 'full'"),
         (llava(SigLIP(), vision_feature_select_strategy="default"), "'full', not 'default'"),
         (llava(PixtralVisionConfig()), "CLIP and SigLIP towers, not in 'pixtral'"),
-        (LlamaConfig(), "LLaVA models, not for 'llama'"),
+        (LlamaConfig(), "qwen3_vl_moe models, not for 'llama'"),
     ],
     ids=["CLIP with [CLS]", "SigLIP without its first patch", "Pixtral", "no images"],
 )

@@ -20,12 +20,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vllm_ficoco.methods.paradigm import AttentionKind, DecoderPart, Method, Options, once
+from vllm_ficoco.methods.paradigm import (
+    EVIDENCE_BYTES,
+    AttentionKind,
+    DecoderPart,
+    Method,
+    Options,
+    once,
+)
 from vllm_ficoco.vision.layout import Layout, Raster
-
-EVIDENCE_BYTES = 256 * 2**20
-"""What attention in float32 may take at once (a softmax takes as much again): it comes on top of
-what vLLM has reserved. Heads beyond that take turns; so do images (vllm_ficoco.engine.decoder)."""
 
 CHANGES: dict[AttentionKind, Callable[[Tensor], Tensor]] = {
     "probabilities": lambda products: products.softmax(-1),

@@ -14,7 +14,7 @@ sizes of the two sets. Ties are broken in favour of the lower index, on every de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, wraps
 from typing import Annotated, Any, Literal
@@ -88,6 +88,15 @@ class Tokens:
         return self.hidden.shape[1]
 
 
+EVIDENCE_BYTES = 256 * 2**20
+"""What a method may hold at once of what grows with the square of an image, in float32: it comes on
+top of what vLLM has reserved. What is larger takes turns: heads, images, blocks of tokens."""
+
+SAMPLED = 256
+"""Of how many tokens the queries are looked at, where a tower merges patches: see
+:meth:`Evidence.attention_received`."""
+
+
 def once(look: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Remembers what a method of evidence returned: to choose and to merge ask for the same."""
 
@@ -101,38 +110,64 @@ def once(look: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return remembering
 
 
+def in_turns(look: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Looks at as many images at a time as :data:`EVIDENCE_BYTES` allow, at least at one."""
+
+    @wraps(look)
+    def looking(self: Evidence, *args: Any) -> Tensor:
+        # What one image takes, whoever else is there: three copies, see Evidence._attend.
+        images, heads, patches, width = self.key.shape
+        at_once = max(1, EVIDENCE_BYTES // (12 * patches * max(patches, heads * width)))
+        if images <= at_once:
+            return look(self, *args)
+        found = []
+        for first in range(0, images, at_once):
+            some = slice(first, first + at_once)
+            theirs = [x[some] if isinstance(x, Tensor) else x for x in args]
+            found.append(look(self.of_images(some), *theirs))
+        return torch.cat(found)
+
+    return looking
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a filter may look at in one layer of the vision tower.
 
-    ``query`` and ``key`` hold this rank's heads of all tokens that the layer attends over, [CLS]
+    ``query`` and ``key`` hold this rank's heads of all patches that the layer attends over, [CLS]
     first where the tower has one. Averages over heads run over the heads of all ranks:
     ``sum_over_ranks`` adds a tensor up over the ranks of a tensor parallel tower.
+
+    All that it says is about tokens. Where the tower merges ``unit`` patches into one, a token
+    gives what its patches give on average; of probabilities it receives what they receive
+    together, of logits what they receive on average, which is the product of the mean query and
+    the mean key; its key is the mean of theirs. What is quadratic in patches is worked out in
+    blocks of queries.
     """
 
     query: Tensor
-    """(B, H, m, d), m = n + 1 with [CLS], else n"""
+    """(B, H, m, d), m = unit * n patches, a token's side by side; one more with [CLS]"""
     key: Tensor
     """(B, H, m, d)"""
     scale: float
     """Factor of the query-key products, 1 / sqrt(d) in most towers."""
     grid: tuple[int, int]
-    """Rows and columns of the patch grid that positions refer to."""
+    """Rows and columns of the grid of tokens that positions refer to."""
     has_cls: bool
     pixels: Tensor
-    """(B, 3, height, width): for methods that only want to tell images apart."""
+    """(B, ...): for methods that only want to tell images apart."""
     heads: int = 0
     """Heads over all ranks; 0: the heads given are all there are."""
     unit: int = 1
-    """How many patches that follow one another the tower merges into one token: m = unit * n."""
+    """How many patches the tower merges into one token."""
     sum_over_ranks: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     _known: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    @cached_property
-    def _flat(self) -> tuple[Tensor, Tensor]:
-        """Queries and keys with the heads side by side, (B, m, H * d), float32."""
-        q, k = (x.float().transpose(1, 2).flatten(2) for x in (self.query, self.key))
-        return q, k
+    def of_images(self, which: slice) -> Evidence:
+        """That of some of the images."""
+        return replace(
+            self, query=self.query[which], key=self.key[which], pixels=self.pixels[which]
+        )
 
     @property
     def _heads(self) -> int:
@@ -140,74 +175,164 @@ class Evidence:
 
     @property
     def _first(self) -> int:
-        """Index of the first patch among the attended tokens."""
+        """Index of the first patch in ``query`` and ``key``."""
         return int(self.has_cls)
 
-    def _probabilities(self, queries: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """Mean over heads of ``reduce(softmax(queries @ keys))`` without holding all heads."""
-        # One head at a time: H x n x n for a whole batch would be gigabytes, and the order of
-        # the sum must not depend on who shares the batch.
-        keys, queries = self.key.float(), queries.float() * self.scale
-        total = torch.zeros((), device=keys.device)
-        for head in range(queries.shape[1]):
-            scores = queries[:, head] @ keys[:, head].transpose(-1, -2)
-            total = total + reduce(scores.softmax(-1))
-        return self.sum_over_ranks(total) / self._heads
+    @property
+    def _tokens(self) -> int:
+        return (self.key.shape[2] - self._first) // self.unit
+
+    def _patches(self, index: Tensor) -> Tensor:
+        """(B, k * unit): where in ``query`` and ``key`` the patches of tokens (B, k) are."""
+        if self.unit > 1:
+            within = torch.arange(self.unit, device=index.device)
+            index = (index[..., None] * self.unit + within).flatten(-2)
+        return index + self._first
+
+    def _fold(self, x: Tensor, dim: int, mean: bool) -> Tensor:
+        """Of patches along a dimension, tokens: their mean or their sum."""
+        if self.unit == 1:
+            return x
+        x = x.unflatten(dim, (-1, self.unit))
+        within = dim if dim < 0 else dim + 1
+        return x.mean(within) if mean else x.sum(within)
+
+    def _attend(
+        self, rows: Tensor, look: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[float, Tensor]]:
+        """Mean over heads of ``look(probabilities)``, of one block of queries after another.
+
+        Args:
+            rows: (B, r) or (1, r) whose queries: all patches of some tokens.
+            look: of (B, rows of a block, m), what is wanted.
+
+        Yields:
+            The block's share of the rows, and the mean.
+        """
+        # Scores, probabilities and what is picked of them. By the size of one image, and one head
+        # at a time: the order of a sum must not depend on who shares the batch.
+        images, heads, patches, _ = self.key.shape
+        at_once = max(1, EVIDENCE_BYTES // (12 * patches * self.unit)) * self.unit
+        for block in rows.expand(images, -1).split(at_once, 1):
+            total = torch.zeros((), device=rows.device)
+            for head in range(heads):
+                queries = take(self.query[:, head], block).float() * self.scale
+                scores = queries @ self.key[:, head].float().transpose(-1, -2)
+                total = total + look(scores.softmax(-1))
+            share = block.shape[1] / rows.shape[1]
+            yield share, self.sum_over_ranks(total) / self._heads
+
+    def _mean_flat(self, x: Tensor, index: Tensor | slice) -> Tensor:
+        """(B, k, H * d) float32: of query or key, tokens by index (B, k) or a run of them, heads
+        side by side, mean over a token's patches."""
+        flat = x.transpose(1, 2).flatten(2)
+        if isinstance(index, Tensor):
+            patches = take(flat, self._patches(index))
+        else:
+            first, last = (self._first + i * self.unit for i in (index.start, index.stop))
+            patches = flat[:, first:last]
+        return self._fold(patches.float(), 1, mean=True)
+
+    def _runs(self, tokens: int) -> list[slice]:
+        """So many tokens in runs whose queries and keys, heads side by side, can be held."""
+        _, heads, __, width = self.key.shape
+        at_once = max(1, EVIDENCE_BYTES // (12 * self.unit * heads * width))
+        return [slice(i, min(i + at_once, tokens)) for i in range(0, tokens, at_once)]
+
+    def _mean_of_all(self, x: Tensor) -> Tensor:
+        """(B, 1, H * d): mean over all tokens of query or key, heads side by side."""
+        total = torch.zeros((), device=x.device)
+        for run in self._runs(self._tokens):
+            share = (run.stop - run.start) / self._tokens
+            total = total + share * self._mean_flat(x, run).mean(1, keepdim=True)
+        return total
 
     def _logits(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Mean over heads of scaled products of flat queries and keys."""
         return self.sum_over_ranks(queries @ keys.transpose(-1, -2)) * (self.scale / self._heads)
 
     @once
+    @in_turns
     def attention_of_cls(self, kind: AttentionKind = "probabilities") -> Tensor:
-        """(B, n): attention of [CLS] to every patch, mean over heads.
+        """(B, n): attention of [CLS] to every token, mean over heads.
 
-        Without [CLS] (SigLIP), the attention that a patch receives from all patches on average.
+        Without [CLS] (SigLIP, Qwen-VL), what a token receives, :meth:`attention_received`.
         """
         if not self.has_cls:
             return self.attention_received(kind)
         if kind == "logits":
-            q, k = self._flat
-            return self._logits(q[:, :1], k[:, 1:])[:, 0]
-        return self._probabilities(self.query[:, :, :1], lambda p: p[:, 0, 1:])
+            query = self.query[:, :, :1].transpose(1, 2).flatten(2).float()
+            runs = self._runs(self._tokens)
+            return torch.cat(
+                [self._logits(query, self._mean_flat(self.key, run))[:, 0] for run in runs], -1
+            )
+        rows = torch.zeros(1, 1, dtype=torch.int64, device=self.key.device)
+        ((_, attention),) = self._attend(rows, lambda p: p[:, 0, 1:])
+        return self._fold(attention, -1, mean=False)
 
+    @in_turns
     def attention_received(self, kind: AttentionKind = "probabilities") -> Tensor:
-        """(B, n): attention that a patch receives from the patches, mean over them and heads."""
-        first = self._first
+        """(B, n): attention that a token receives, mean over the patches that give and heads."""
         if kind == "logits":
-            q, k = self._flat
-            return self._logits(q[:, first:].mean(1, keepdim=True), k[:, first:])[:, 0]
-        return self._probabilities(self.query[:, :, first:], lambda p: p[..., first:].mean(-2))
+            query = self._mean_of_all(self.query)
+            runs = self._runs(self._tokens)
+            return torch.cat(
+                [self._logits(query, self._mean_flat(self.key, run))[:, 0] for run in runs], -1
+            )
+        first = self._first
+        rows = torch.arange(first, self.key.shape[2], device=self.key.device)[None]
+        blocks = self._attend(rows, lambda p: p[..., first:].mean(-2))
+        # Blocks may differ in length; of a single one the share is 1, which changes no bit.
+        received = torch.zeros((), device=self.key.device)
+        for share, part in blocks:
+            received = received + share * part
+        return self._fold(received, -1, mean=False)
 
+    @in_turns
     def attention_given(self, kind: AttentionKind = "probabilities") -> Tensor:
-        """(B, n): mean over patches j of A_ij, i the query: what a patch draws from the others."""
-        first = self._first
+        """(B, n): mean over patches j of A_ij, i the query: what a token draws from the others."""
         if kind == "logits":
-            q, k = self._flat
-            return self._logits(q[:, first:], k[:, first:].mean(1, keepdim=True))[..., 0]
-        return self._probabilities(self.query[:, :, first:], lambda p: p[..., first:].mean(-1))
+            key = self._mean_of_all(self.key)
+            runs = self._runs(self._tokens)
+            return torch.cat(
+                [self._logits(self._mean_flat(self.query, run), key)[..., 0] for run in runs], -1
+            )
+        first = self._first
+        rows = torch.arange(first, self.key.shape[2], device=self.key.device)[None]
+        blocks = self._attend(rows, lambda p: p[..., first:].mean(-1))
+        return self._fold(torch.cat([given for _, given in blocks], -1), -1, mean=True)
 
+    @in_turns
     def attention_between(
         self, source: Tensor, target: Tensor, kind: AttentionKind = "probabilities"
     ) -> Tensor:
         """(B, S, T): A_ij, queries from ``source``, keys from ``target``, mean over heads."""
-        first = self._first
         if kind == "logits":
-            q, k = self._flat
-            return self._logits(take(q[:, first:], source), take(k[:, first:], target))
-        rows = source[:, None, :, None] + first
-        queries = self.query.gather(2, rows.expand(-1, self.query.shape[1], -1, self.query.size(3)))
-        columns = target[:, None, :] + first
+            queries = self._mean_flat(self.query, source)
+            runs = self._runs(target.shape[1])
+            keys = (self._mean_flat(self.key, target[:, run]) for run in runs)
+            return torch.cat([self._logits(queries, key) for key in keys], -1)
+        columns = self._patches(target)[:, None]
 
         def pick(p: Tensor) -> Tensor:
-            return p.gather(2, columns.expand(-1, p.shape[1], -1))
+            picked = p.gather(2, columns.expand(-1, p.shape[1], -1))
+            return self._fold(self._fold(picked, 2, mean=False), 1, mean=True)
 
-        return self._probabilities(queries, pick)
+        blocks = self._attend(self._patches(source), pick)
+        return torch.cat([between for _, between in blocks], 1)
 
     @cached_property
     def mean_keys(self) -> Tensor:
-        """(B, n, d): keys of the patches, mean over heads."""
-        return self.sum_over_ranks(self.key[:, :, self._first :].float().sum(1)) / self._heads
+        """(B, n, d): keys of the tokens, mean over heads."""
+        return self._mean_keys()
+
+    @in_turns
+    def _mean_keys(self) -> Tensor:
+        first, means = self._first, []
+        for run in self._runs(self._tokens):
+            keys = self.key[:, :, first + run.start * self.unit : first + run.stop * self.unit]
+            means.append(self._fold(keys.float().sum(1), 1, mean=True))
+        return self.sum_over_ranks(torch.cat(means, 1)) / self._heads
 
     @cached_property
     def unit_keys(self) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,13 +45,15 @@ class NativeProcessor(ReducingProcessor):
     def layout_of(
         self, width: int, height: int, kwargs: Mapping[str, object] | None = None
     ) -> Layout:
-        """As vLLM counts it."""
-        size, _ = self.info._get_vision_info(
-            image_width=width,
-            image_height=height,
-            num_frames=1,
-            image_processor=self.info.get_image_processor(),
-            mm_kwargs=kwargs or {},
+        """As vLLM counts it.
+
+        Raises:
+            ValueError: an image of this shape, or with these options, cannot be scaled.
+        """
+        size = (
+            _size_of(self.info, width, height, kwargs)
+            if kwargs
+            else _plain_size_of(self.info, width, height)
         )
         return Layout((size.height // self._unit, size.width // self._unit))
 
@@ -95,6 +98,30 @@ class NativeProcessor(ReducingProcessor):
                 "larger budget.",
                 parameter="visual_token_budget",
             )
+
+
+def _size_of(
+    info: Qwen2VLProcessingInfo, width: int, height: int, kwargs: Mapping[str, object]
+) -> ImageSize:
+    """To which size the processor scales an image."""
+    try:
+        size, _ = info._get_vision_info(
+            image_width=width,
+            image_height=height,
+            num_frames=1,
+            image_processor=info.get_image_processor(),
+            mm_kwargs=kwargs,
+        )
+    except (ArithmeticError, TypeError) as error:  # limits of 0, or that are no numbers
+        raise ValueError(
+            f"an image of {width} x {height} pixels cannot be scaled: {error}"
+        ) from None
+    return size
+
+
+@lru_cache(maxsize=65536)  # what `resize` counts is of whole tokens, so mostly the same sizes
+def _plain_size_of(info: Qwen2VLProcessingInfo, width: int, height: int) -> ImageSize:
+    return _size_of(info, width, height, {})
 
 
 class NativeModel(ReducingModel):
