@@ -175,8 +175,9 @@ class Reducer:
             if layout is not None and self.too_large(layout):
                 error = SettingsError(
                     request.turns,
-                    f"image {i} of {layout.tokens} visual tokens in the tower",
-                    f"images of {self.encoder_tokens} or fewer there, whatever their budgets",
+                    f"image {i} of {layout.tokens} visual tokens",
+                    f"of {self.encoder_tokens} or fewer, which the tower takes in at most, "
+                    "whatever its budget",
                 )
                 raise VLLMValidationError(str(error), parameter=error.field)
 
