@@ -11,8 +11,8 @@
 LLaVA-1.5's, LLaVA-NeXT's (images of 2 x 2 tiles) or Qwen2.5-VL's tower (32 x 32 tokens) with a
 decoder of real geometry and random weights. Three engines take turns in one run, in processes of
 their own: vLLM without this package, with it, and with it and decoder stages. Every image is
-unseen, so no cache hides a prefill. Each figure is the median of the rounds; ratios are taken within
-a round, against vllm-ficoco with reduction off.
+unseen, so no cache hides a prefill. Each figure is the median of the rounds; ratios are taken
+within a round, against vllm-ficoco with reduction off.
 
 Ideals come from :mod:`vllm_ficoco.cost`: FLOPs for tower and prefill, bytes of weights and KV cache
 for a decode step.

@@ -6,6 +6,8 @@
 #   DECODER=llava-1.5-13b benchmarks/gpu.sh
 #   DECODER=llava-next-7b FULL=2928 BUDGETS=640,320,160 IMAGE_SIZE=672 CONTEXT=3072 \
 #     METHODS=ficoco-v,topk,globalcom2,hired,fastv benchmarks/gpu.sh engine server
+#   DECODER=qwen2.5-vl-7b FULL=1024 BUDGETS=512,256,128 IMAGE_SIZE=896 CONTEXT=1536 \
+#     METHODS=ficoco-v,topk,visionzip,resize,fastv benchmarks/gpu.sh engine server
 #   benchmarks/gpu.sh tests                       # or engine, or server: one part
 #
 # Leaves budgets.json (the engine), loadtest/runs.jsonl (the server under load), their tables, and

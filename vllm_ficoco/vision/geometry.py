@@ -138,7 +138,9 @@ class Geometry(NamedTuple):
             needed: list[int] = []
             for layer in wanted:
                 as_deep = schedule.same_depth(layer, 32, self.decoder_layers)
-                needed.append(max(as_deep, needed[-1] + 1 if needed else 1))
+                # Visual tokens of the tower's levels come in before the first stage.
+                first = max(1, self.deepstack)
+                needed.append(max(as_deep, needed[-1] + 1 if needed else first))
             raise SettingsError(
                 _beside(field, "method"),
                 reduction.method,
