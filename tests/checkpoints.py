@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small LLaVA checkpoints with random weights, made on the fly.
+"""Small LLaVA and Qwen-VL checkpoints with random weights, made on the fly.
 
 The shipped model ends its answers after a word or two. These go on for ever and let every visual
 token matter, so that sixteen equal greedy tokens say that sixteen steps were equal.
 
-    python -m tests.checkpoints {llava,llava-next,llava-onevision} FOLDER
+    python -m tests.checkpoints {llava,llava-next,qwen2.5-vl,...} FOLDER
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,11 @@ from transformers import (
     LlavaOnevisionConfig,
     MistralConfig,
     PretrainedConfig,
+    Qwen2_5_VLConfig,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SiglipVisionConfig,
 )
 
@@ -119,6 +125,108 @@ def random_llava_onevision(path: Path, seed: int = 0, decoder_layers: int = 3) -
     return _with_weights(path, config, seed)
 
 
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+"""Of Qwen-VL, behind the shipped model's words."""
+_FIRST_OF_THEM = 113
+
+NATIVE: dict[str, tuple[type[PretrainedConfig], dict[str, Any], dict[str, Any]]] = {
+    "qwen2-vl": (Qwen2VLConfig, {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}, {}),
+    "qwen2.5-vl": (
+        Qwen2_5_VLConfig,
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "out_hidden_size": 128,
+            "tokens_per_second": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": [1, 3],
+        },
+        {},
+    ),
+    "qwen3-vl": (
+        Qwen3VLConfig,
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        {"head_dim": 32},
+    ),
+    "qwen3-vl-moe": (
+        Qwen3VLMoeConfig,
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        {
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+"""Configuration, and what of its tower and of its language model is its own."""
+
+
+def random_qwen(path: Path, family: str, seed: int = 3, decoder_layers: int = 3) -> Path:
+    """A Qwen-VL that makes 4 to 80 visual tokens of an image, each of 2 x 2 patches.
+
+    Windows of Qwen2.5-VL's tower are 2 x 2 tokens; Qwen3-VL's has two levels of deepstack.
+
+    Args:
+        path: folder to make it in.
+        family: one of ``NATIVE``.
+        seed: of the weights.
+        decoder_layers: of the language model.
+    """
+    config_class, of_tower, of_text = NATIVE[family]
+    of_3, tokens = family.startswith("qwen3"), dict(zip(VISION_TOKENS, count(_FIRST_OF_THEM)))
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+    if of_3:
+        rope |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    else:
+        rope |= {"mrope_section": [4, 6, 6]}
+    config = config_class(
+        vision_config={
+            "depth": 4,
+            "num_heads": 2,
+            "patch_size": 16 if of_3 else 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            **of_tower,
+        },
+        text_config={
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": decoder_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": _FIRST_OF_THEM + len(VISION_TOKENS),
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "rope_parameters": rope,
+            **of_text,
+        },
+        image_token_id=tokens["<|image_pad|>"],
+        video_token_id=tokens["<|video_pad|>"],
+        vision_start_token_id=tokens["<|vision_start|>"],
+        vision_end_token_id=tokens["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    describe(path, config, qwen_processor(config))
+    return _with_weights(path, config, seed)
+
+
 def _tower(tower: str, image_size: int, layers: int) -> PretrainedConfig:
     return (CLIPVisionConfig if tower == "clip" else SiglipVisionConfig)(
         hidden_size=64,
@@ -190,13 +298,39 @@ def onevision_processor(config: LlavaOnevisionConfig) -> dict[str, Any]:
     }
 
 
-def _image_processor(kind: str, side: int) -> dict[str, Any]:
-    """What of the shipped model's holds for other families too."""
-    shipped = json.loads((SHIPPED / "processor_config.json").read_text())["image_processor"]
+def qwen_processor(config: PretrainedConfig) -> dict[str, Any]:
+    """``processor_config.json`` of a Qwen-VL: 4 to 80 tokens an image, to 200 a video."""
+    vision, of_3 = config.vision_config, config.model_type.startswith("qwen3")
+    token = (vision.patch_size * vision.spatial_merge_size) ** 2
+    kind = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}.get(config.model_type, "Qwen3VL")
+    shared = {
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+    }
     return {
-        **{name: value for name, value in shipped.items() if name != "do_center_crop"},
+        "processor_class": f"{kind}Processor",
+        "image_processor": {
+            **_image_processor("Qwen2VLImageProcessor"),
+            **shared,
+            "size": {"shortest_edge": 4 * token, "longest_edge": 80 * token},
+        },
+        "video_processor": {
+            "video_processor_type": "Qwen3VLVideoProcessor" if of_3 else "Qwen2VLVideoProcessor",
+            **shared,
+            "size": {"shortest_edge": 4 * token, "longest_edge": 200 * token},
+        },
+    }
+
+
+def _image_processor(kind: str, side: int = 0) -> dict[str, Any]:
+    """What of the shipped model's holds for other families too; a side where they cut squares."""
+    shipped = json.loads((SHIPPED / "processor_config.json").read_text())["image_processor"]
+    of_squares = {"do_center_crop", "crop_size"}
+    return {
+        **{name: value for name, value in shipped.items() if name not in of_squares},
         "image_processor_type": kind,
-        "crop_size": {"height": side, "width": side},
+        **({"crop_size": {"height": side, "width": side}} if side else {}),
     }
 
 
@@ -206,17 +340,26 @@ def describe(path: Path, config: PretrainedConfig, processor: dict[str, Any]) ->
     The words are the shipped model's, and ``<video>`` where the model has a token for it.
     """
     path.mkdir(parents=True, exist_ok=True)
-    kind = config.model_type.replace("_", " ").title().replace(" ", "")
+    kind = type(config).__name__.removesuffix("Config")
     config.architectures = [f"{kind}ForConditionalGeneration"]
     config.save_pretrained(path)
     (path / "processor_config.json").write_text(json.dumps(processor, indent=2))
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(SHIPPED / file, path)
+    more = {}
     if video := getattr(config, "video_token_index", None):
+        more = {"<video>": video}
+    if config.model_type.startswith("qwen"):
+        more = dict(zip(VISION_TOKENS, count(_FIRST_OF_THEM)))
+        template = (path / "chat_template.jinja").read_text()
+        shows = "<|vision_start|> <|image_pad|> <|vision_end|>"
+        (path / "chat_template.jinja").write_text(template.replace("<image>", shows))
+    if more:
         tokenizer = json.loads((path / "tokenizer.json").read_text())
         image = next(t for t in tokenizer["added_tokens"] if t["content"] == "<image>")
-        tokenizer["added_tokens"].append({**image, "content": "<video>", "id": video})
-        tokenizer["model"]["vocab"]["<video>"] = video
+        for token, number in more.items():
+            tokenizer["added_tokens"].append({**image, "content": token, "id": number})
+            tokenizer["model"]["vocab"][token] = number
         (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     return path
 
@@ -227,13 +370,22 @@ def _with_weights(path: Path, config: PretrainedConfig, seed: int) -> Path:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             # Larger than usual: attention is peaked and the argmax is clear.
-            if weight.dim() > 1 and "position" not in name:
-                weight.normal_(0, (1.5 if "lm_head" in name else 1.2) * weight.shape[-1] ** -0.5)
-            elif "class_embedding" in name or "position" in name or "newline" in name:
+            table = "position" in name or "pos_embed" in name
+            if weight.dim() > 1 and not table:
+                width = weight[0].numel() if "patch_embed." in name else weight.shape[-1]
+                weight.normal_(0, (1.5 if "lm_head" in name else 1.2) * width**-0.5)
+            elif "class_embedding" in name or table or "newline" in name:
                 weight.normal_(0, 0.5)
+            elif "q_norm" in name or "k_norm" in name:
+                weight.uniform_(0.5, 1.5)
         model.model.language_model.norm.weight.uniform_(0.5, 1.5)  # DART compares behind it
+    named = published_name if config.model_type.startswith("llava") else str
     save_file(
-        {published_name(k): v.contiguous() for k, v in model.state_dict().items()},
+        {
+            # Experts are published the other way round, (experts, inputs, outputs).
+            named(k): (v.mT if ".experts." in k else v).contiguous()
+            for k, v in model.state_dict().items()
+        },
         path / "model.safetensors",
         metadata={"format": "pt"},
     )
@@ -244,6 +396,7 @@ FAMILIES = {
     "llava": random_llava,
     "llava-next": random_llava_next,
     "llava-onevision": random_llava_onevision,
+    **{family: partial(random_qwen, family=family) for family in NATIVE},
 }
 
 

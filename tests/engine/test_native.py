@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: reduced images say what the reference says.
+
+Greedy tokens and the first logits, through the engine. Steps are shorter than most images and stop
+inside of them; every prompt is sent twice, so that it is found in the prefix cache up to the middle
+of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.exceptions import VLLMValidationError
+
+from tests.checkpoints import NATIVE, random_qwen
+from tests.engine.conftest import Ask, Engine, make_engine, picture
+from tests.engine.test_stage_variants import interpreted
+from tests.reference.llava import one_thread
+from tests.reference.qwen import Answer, ReferenceQwen
+from vllm_ficoco.engine.positions import Offsets
+from vllm_ficoco.methods import METHODS
+from vllm_ficoco.vision.geometry import FAMILIES
+
+pytestmark = pytest.mark.engine
+
+NEW_TOKENS = 12
+REDUCING = [
+    name
+    for name, method in METHODS.items()
+    if name != "none" and not method.decoder and method.needs <= FAMILIES["qwen2_5_vl"]
+]
+ROOMY = {
+    "max_logprobs": -1,
+    "logprobs_mode": "raw_logits",
+    "limit_mm_per_prompt": {"image": 3, "video": 1},
+}
+IN_STEPS_OF_24 = {**ROOMY, "max_num_batched_tokens": 24, "max_num_seqs": 12}
+
+SIZES = {
+    "square": (224, 224),
+    "wide": (308, 84),
+    "tall": (90, 330),
+    "odd": (196, 140),
+    "line": (1400, 28),
+    "column": (28, 1100),
+    "tiny": (5, 7),
+    "huge": (1400, 1300),
+}
+"""Width and height of images. Windows of Qwen2.5-VL's tower do not fill the odd ones."""
+
+
+@dataclass(frozen=True)
+class Shown(Ask):
+    """A request to a Qwen-VL."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the processor."""
+    frames: int = 0
+    """Of a video before the images; none if 0."""
+    ends: bool = False
+    """With the last image's last token."""
+
+    @property
+    def prompt(self) -> str:
+        shown = ["<|vision_start|> <|image_pad|> <|vision_end|>"] * len(self.images)
+        if self.frames:
+            shown.insert(0, "<|vision_start|> <|video_pad|> <|vision_end|>")
+        whole = " ".join(["USER:", *shown, self.question, "ASSISTANT:"])
+        return whole[: whole.rindex(" <|vision_end|>")] if self.ends else whole
+
+    @property
+    def video(self) -> np.ndarray | None:
+        if not self.frames:
+            return None
+        return np.stack([np.asarray(picture(50 + i, (112, 84))) for i in range(self.frames)])
+
+    @property
+    def for_vllm(self) -> dict[str, Any]:
+        request = super().for_vllm
+        if self.options:
+            request["mm_processor_kwargs"] = {
+                **request.get("mm_processor_kwargs", {}),
+                **self.options,
+            }
+        if (video := self.video) is not None:
+            seen = {
+                "fps": 2.0,
+                "duration": self.frames / 2,
+                "total_num_frames": self.frames,
+                "frames_indices": list(range(self.frames)),
+                "video_backend": "opencv",
+                "do_sample_frames": False,
+            }
+            request.setdefault("multi_modal_data", {})["video"] = (video, seen)
+        return request
+
+
+def show(
+    *images: tuple[str, dict[str, Any] | None], question: str = "what is there ?", **more: Any
+) -> Shown:
+    """Images by the names of their sizes, each of which has its own picture, and settings."""
+    names, settings = zip(*images, strict=True) if images else ((), ())
+    seeds = [[*SIZES].index(name) for name in names]
+    sizes = [SIZES[name] for name in names]
+    sampling = {"logprobs": -1, "max_tokens": NEW_TOKENS}
+    return Shown(seeds, settings, question, sampling, sizes, **more)
+
+
+def to(budget: int, method: str, **options: Any) -> dict[str, Any]:
+    """Settings of an image."""
+    return {"method": method, "budget": budget, "options": options}
+
+
+def of_every_shape() -> list[Shown]:
+    """Unreduced, at the edges of what can be asked for, several images, nothing behind one."""
+    return [
+        show(question="how many are there ?"),
+        *(show((size, None)) for size in ("square", "odd", "line", "tiny", "huge")),
+        *(show((size, to(3, "topk"))) for size in SIZES),
+        show(("square", to(1, "uniform")), ("square", to(1, "uniform")), ("tiny", None)),
+        show(("odd", to(1000, "topk"))),
+        show(("wide", to(20, "ficoco-v")), ("tall", None)),
+        show(("tall", None), ("wide", to(7, "visionzip"))),
+        show(("huge", to(40, "prumerge")), ("huge", to(5, "pooling")), ("odd", to(9, "random"))),
+        show(("square", to(38, "topk")), ends=True),
+        show(("wide", None), ("column", to(5, "ficoco-v")), ends=True),
+        show(("huge", None), ends=True),
+        show(("line", to(40, "pooling")), question="what color is the circle ? " * 8),
+        show(("huge", to(30, "topk")), options={"max_pixels": 40_000}),
+        show(("tiny", to(6, "uniform")), options={"min_pixels": 20_000}),
+        show(("square", None), ("tall", to(9, "resize")), options={"max_pixels": 30_000}),
+        show(("odd", to(6, "topk")), ("tall", to(9, "ficoco-v")), frames=4),
+        show(("odd", None), frames=4),
+    ]
+
+
+def of_every_method() -> list[Shown]:
+    """At two budgets, on images of all shapes, and with options."""
+    asks, names = [], [*SIZES]
+    for i, method in enumerate(REDUCING):
+        asks.append(show((names[i % 6], to(11, method))))
+        asks.append(show((names[(i + 3) % 6], to(25, method))))
+    return [
+        *asks,
+        show(("square", to(21, "ficoco-v", attention="probabilities", normalise=False))),
+        show(("tall", to(20, "random", seed=7))),
+        show(("wide", to(20, "visionzip", contextual=0.5))),
+        show(("line", to(4, "resize")), ("column", to(30, "resize"))),
+        show(("huge", to(71, "resize")), ("odd", to(4, "resize"))),
+    ]
+
+
+def expected(reference: ReferenceQwen, ask: Ask) -> Answer:
+    """What the reference says to a request."""
+    assert isinstance(ask, Shown)
+    with one_thread():
+        return reference.answer(
+            ask.prompt,
+            ask.pictures,
+            ask.settings,
+            ask.sampling["max_tokens"],
+            ask.options,
+            ask.video,
+        )
+
+
+def check(
+    engine: Engine, reference: ReferenceQwen, asks: Sequence[Shown], times: int = 1
+) -> list[Any]:
+    """All in one batch, perhaps again: what comes out, the last time."""
+    truths = [expected(reference, ask) for ask in asks]
+    for _ in range(times):
+        free = engine.free_blocks
+        for number, ask in enumerate(asks):
+            rendered = engine.rendered(ask)
+            check_counts(reference, truths[number], rendered)
+            engine.add(ask, str(number), rendered)
+        outputs = engine.finished()
+        assert engine.free_blocks == free
+        for number, (ask, truth) in enumerate(zip(asks, truths, strict=True)):
+            made, words = outputs[str(number)].outputs[0], len(truth.first_logits)
+            logits = torch.tensor([made.logprobs[0][word].logprob for word in range(words)])
+            far = float((logits - truth.first_logits).abs().max())
+            assert far < 1e-3, f"{far} apart: {ask}"
+            assert list(made.token_ids) == truth.tokens, ask
+    return [outputs[str(number)] for number in range(len(asks))]
+
+
+def check_counts(reference: ReferenceQwen, truth: Answer, rendered: dict[str, Any]) -> None:
+    """What the processor says of the images, and that the prompt has room for just that."""
+    prompt, image = rendered["prompt_token_ids"], reference.model.config.image_token_id
+    assert len(prompt) == truth.length
+    places = rendered["mm_placeholders"].get("image", []) if truth.kept else []
+    assert [place.length for place in places] == [len(kept) for kept in truth.kept]
+    for place in places:
+        assert prompt[place.offset : place.offset + place.length] == [image] * place.length
+    assert prompt.count(image) == sum(place.length for place in places)
+    if truth.kept:
+        assert [packed.layout.grid for packed in rendered["visual_tokens"]] == truth.grids
+
+
+# --- One engine a family ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Served:
+    """A family's engine and its reference."""
+
+    family: str
+    engine: Engine
+    reference: ReferenceQwen
+
+
+@pytest.fixture(scope="module", params=NATIVE)
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    checkpoint = random_qwen(tmp_path_factory.mktemp("native"), request.param)
+    reference = ReferenceQwen(str(checkpoint))
+    options = {**IN_STEPS_OF_24, "enable_mm_embeds": True}
+    for engine in make_engine(checkpoint, **options):
+        yield Served(request.param, engine, reference)
+
+
+def test_every_shape_and_method(served: Served) -> None:
+    """In steps of 24 tokens, and again from the prefix cache."""
+    asks = of_every_shape() + of_every_method()
+    if served.family == "qwen3-vl-moe":  # but for its experts, as Qwen3-VL
+        asks = asks[::4]
+    if served.engine.asynchronous:  # in Triton's interpreter, see below
+        asks = asks[::5]
+    outputs = check(served.engine, served.reference, asks, times=2)
+    hits = [output.num_cached_tokens for output in outputs]
+    inside = [
+        hit
+        for hit, ask in zip(hits, asks, strict=True)
+        if any(ask.settings) and hit % 32 == 0 and hit > 0
+    ]
+    assert len(inside) > len(asks) // 4
+
+
+def test_without_the_offsets_it_would_be_wrong(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the tests above can see: a reduced image all of whose tokens stand at its first place.
+
+    Of what is not reduced, no bit depends on them.
+    """
+    if served.engine.asynchronous:
+        pytest.skip("takes long in Triton's interpreter")
+    monkeypatch.setattr(Offsets, "add_to", lambda *_: None)
+    reduced = [show((size, to(20, "topk"))) for size in ("square", "wide", "tall")]
+    plain = [show(("square", None)), show()]
+    forget(served.engine)
+    outputs = served.engine.generate([*reduced, *plain])
+    forget(served.engine)
+    for ask, output in zip([*reduced, *plain], outputs, strict=True):
+        truth, made = expected(served.reference, ask), output.outputs[0]
+        logits = [made.logprobs[0][word].logprob for word in range(len(truth.first_logits))]
+        far = float((torch.tensor(logits) - truth.first_logits).abs().max())
+        assert far > 0.05 if ask in reduced else far < 1e-3, ask
+
+
+def test_unreduced_is_bit_identical_to_vllm(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same engine with vLLM's own methods gives the same bits."""
+    if served.engine.asynchronous:
+        pytest.skip("takes long in Triton's interpreter")
+    asks = [show((size, None)) for size in SIZES]
+    asks += [show(("tiny", None), ("odd", to(1000, "topk"))), show(("odd", None), frames=4), show()]
+
+    def run() -> list[Any]:
+        forget(served.engine)
+        return [
+            [
+                {word: entry.logprob for word, entry in step.items()}
+                for step in output.outputs[0].logprobs
+            ]
+            for output in served.engine.generate(asks)
+        ]
+
+    ours, kind = run(), type(served.engine.model)
+    stock = kind.__bases__[-1]
+    assert stock.__module__.startswith("vllm.model_executor.models.")
+    names = ("embed_multimodal", "embed_input_ids", "forward", "get_mrope_input_positions")
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.setattr(kind, name, getattr(stock, name))
+        assert run() == ours
+
+
+def forget(engine: Engine) -> None:
+    """Empties what vLLM has kept of images and prompts."""
+    engine.llm.reset_mm_cache()
+    engine.llm.reset_prefix_cache()
+    engine.llm.llm_engine.reset_encoder_cache()
+
+
+def test_image_embeds_are_what_they_were(served: Served) -> None:
+    """As their image, beside others with budgets; refused with a budget of their own."""
+    if served.engine.asynchronous:
+        pytest.skip("takes long in Triton's interpreter")
+    ask = show(("odd", None))
+    seen = served.reference.see(ask.pictures[0], {})
+    grid = torch.tensor([[1, 2 * seen.grid[0], 2 * seen.grid[1]]])
+    ready = {"image_embeds": seen.tokens, "image_grid_thw": grid}
+    engine, truth = served.engine, expected(served.reference, ask)
+    request = {**ask.for_vllm, "multi_modal_data": {"image": ready}}
+    engine.add(show(("wide", to(9, "topk"))), "beside")
+    engine.llm.llm_engine.add_request("ready", request, engine.params(**ask.sampling))
+    assert list(engine.finished()["ready"].outputs[0].token_ids) == truth.tokens
+    with pytest.raises(VLLMValidationError, match="image_embeds"):
+        engine.llm.generate({**request, "mm_processor_kwargs": {"visual_token_budget": 9}})
+
+
+# --- Under pressure, and in other ways ----------------------------------------------------------
+
+
+@contextmanager
+def made(tmp_path: Path, family: str, **options: Any) -> Iterator[tuple[Engine, ReferenceQwen]]:
+    checkpoint = random_qwen(tmp_path / "model", family)
+    with contextmanager(make_engine)(checkpoint, **{**ROOMY, **options}) as engine:
+        yield engine, ReferenceQwen(str(checkpoint))
+
+
+def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3-VL's decoder, which takes in deepstack."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))  # compile, do not load
+    options = {"enforce_eager": False, "max_num_batched_tokens": 24, "max_num_seqs": 12}
+    with made(tmp_path, "qwen3-vl", **options) as (engine, reference):
+        check(engine, reference, (of_every_shape() + of_every_method())[::3], times=2)
+
+
+def test_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heads of tower and decoder are shared, and so is the evidence."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # one NUMA node serves both ranks
+    with made(tmp_path, "qwen2.5-vl", tensor_parallel_size=2) as (engine, reference):
+        check(engine, reference, of_every_shape()[::3] + of_every_method())
+
+
+def test_on_the_other_model_runner() -> None:
+    """Model Runner V2 with asynchronous scheduling, its kernels in Triton's interpreter."""
+    run = interpreted(
+        "pytest", "-p", "tests.engine.triton_on_cpu", "-k", "every_shape and qwen2.5", __file__
+    )
+    assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout[-4000:]
