@@ -241,6 +241,7 @@ def test_the_client_changes_how_many_tokens_an_image_has(native: Server, option:
         {"images_kwargs": {"do_resize": False}},
         {"patch_size": 7},
         {"merge_size": 1},
+        {"temporal_patch_size": 1},
         {"max_pixels": 0},
         {"max_pixels": "many"},
         {"size": 5},
@@ -412,12 +413,12 @@ def test_an_image_that_the_tower_has_no_room_for(native: Server) -> None:
     """vLLM would see no more of it than its budget."""
     options = {"min_pixels": 2200 * 784}
     body = {"messages": user(image(0, SQUARE)), "mm_processor_kwargs": options}
-    for said in ({}, {"visual_token_budget": 6}):
+    for said, param in ({}, "messages"), ({"visual_token_budget": 6}, "mm_processor_kwargs"):
         answer = post(native, CHAT, body | said)
         assert answer.status_code == 400, answer.text
         error = answer.json()["error"]
-        assert error["param"] == "messages"
-        assert "2209 visual tokens" in error["message"] and "2048 or fewer" in error["message"]
+        assert error["param"] == param
+        assert "2209" in error["message"] and "2048" in error["message"]
 
 
 def test_other_routes(native: Server) -> None:
@@ -453,6 +454,10 @@ def test_embeddings_of_an_image(native: Server) -> None:
     body = {"messages": user(embedded(16, [1, 8, 8])), "visual_token_budget": 5}
     refused = post(native, CHAT, body)
     assert refused.status_code == 400 and "left out for image_embeds" in refused.text
+    for wrong in embedded(12, [1, 8, 8]), embedded(1, [1, 1, 4]), embedded(17, [1, 8, 8]):
+        refused = post(native, CHAT, {"messages": user(wrong)})
+        assert refused.status_code == 400, "vLLM would look for the rows of its grid in vain"
+        assert refused.json()["error"]["param"] == "image_embeds"
 
 
 # --- Rendered elsewhere -----------------------------------------------------------------------
