@@ -144,12 +144,17 @@ class ReferenceQwen:
     @torch.no_grad()
     def see(self, image: Pictures.Image, options: dict[str, int]) -> Seen:
         """Puts it through the tower."""
-        processed = self.processor.image_processor(
-            [image], size=self.limits(options), return_tensors="pt"
-        )
-        pixels, grids = processed["pixel_values"], processed["image_grid_thw"]
+
+        def processed(**more: Any) -> Any:
+            limits = self.limits(options)
+            return self.processor.image_processor([image], size=limits, return_tensors="pt", **more)
+
+        # vLLM sends pixels as they are and normalises them in the tower: lots are drawn by those.
+        pixels = processed(do_rescale=False, do_normalize=False)["pixel_values"]
+        ready = processed()
+        grids = ready["image_grid_thw"]
         self.looked.clear()
-        out = self.model.model.get_image_features(pixels, grids)
+        out = self.model.model.get_image_features(ready["pixel_values"], grids)
         ((query, key, scale),) = self.looked
         if hasattr(self.visual, "window_size"):
             order, _ = get_vision_window_index(
