@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import pytest
+from transformers import MixtralConfig, Qwen2_5_VLTextConfig, Qwen3VLMoeTextConfig
 
-from vllm_ficoco.cost import Decoder, layer_flops, prefill_flops, prefill_flops_ratio
+from vllm_ficoco.cost import Decoder, layer_flops, mlp_width, prefill_flops, prefill_flops_ratio
 
 LLAVA_7B = Decoder(
     layers=32, hidden_size=4096, intermediate_size=11008, heads=32, kv_heads=32, head_size=128
@@ -86,3 +87,27 @@ def test_the_formula_of_the_paper() -> None:
     p, d, h = 577, 1024, 4096
     tower = Decoder(23, d, h, 16, 16, 64, mlp_matrices=2)
     assert layer_flops(p, tower) == 2 * (4 * p * d * d + 2 * p * p * d + 2 * p * d * h)
+
+
+def test_a_token_goes_through_the_experts_it_is_sent_to() -> None:
+    """Of Qwen3-VL-30B-A3B, 8 of 128 experts in every layer; of Mixtral-8x7B, 2 of 8."""
+    assert mlp_width(Qwen2_5_VLTextConfig(intermediate_size=18944)) == 18944
+    of_30b = {"num_hidden_layers": 48, "intermediate_size": 6144, "moe_intermediate_size": 768}
+    experts = {"num_experts": 128, "num_experts_per_tok": 8}
+    assert mlp_width(Qwen3VLMoeTextConfig(**of_30b, **experts)) == 8 * 768
+    assert mlp_width(MixtralConfig(intermediate_size=14336, num_experts_per_tok=2)) == 2 * 14336
+
+
+def test_layers_without_experts_count_as_they_are() -> None:
+    """Every second layer has experts, and of these the one that is named has none."""
+    config = Qwen3VLMoeTextConfig(
+        num_hidden_layers=4,
+        intermediate_size=1000,
+        moe_intermediate_size=100,
+        num_experts=8,
+        num_experts_per_tok=2,
+        decoder_sparse_step=2,
+    )
+    assert mlp_width(config) == (1000 + 200 + 1000 + 200) // 4
+    config.mlp_only_layers = [3]
+    assert mlp_width(config) == (1000 + 200 + 1000 + 1000) // 4

@@ -14,7 +14,7 @@ An estimate for comparing settings, not a measurement.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Decoder(NamedTuple):
@@ -23,6 +23,7 @@ class Decoder(NamedTuple):
     layers: int
     hidden_size: int
     intermediate_size: int
+    """Width of the MLP that a token goes through, see :func:`mlp_width`."""
     heads: int
     kv_heads: int
     head_size: int
@@ -45,6 +46,27 @@ class Decoder(NamedTuple):
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token holds, all layers together."""
         return 2 * self.layers * self.kv_heads * self.head_size * self.kv_bytes_per_element
+
+
+def mlp_width(text_config: Any) -> int:
+    """Width of the MLPs that a token goes through in a layer of a Hugging Face text model.
+
+    With experts (Qwen3-VL-MoE, Mixtral) that is the width of those that a token is sent to; their
+    router, of one row an expert, is not counted. Where only some layers have experts, it is the
+    mean over layers. 0: the model does not say.
+    """
+
+    def said(name: str) -> int:
+        return getattr(text_config, name, None) or 0
+
+    dense, active = said("intermediate_size"), said("num_experts_per_tok")
+    if not active:
+        return dense
+    layers, step = said("num_hidden_layers"), said("decoder_sparse_step") or 1
+    without = getattr(text_config, "mlp_only_layers", None) or ()
+    sparse = sum(i not in without and (i + 1) % step == 0 for i in range(layers))
+    of_experts = active * (said("moe_intermediate_size") or dense)
+    return (sparse * of_experts + (layers - sparse) * dense) // max(layers, 1)
 
 
 def attention_flops(tokens: int, decoder: Decoder) -> int:

@@ -45,7 +45,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vllm_ficoco.models.config import ReducingLlavaConfig
+    from vllm_ficoco.models.config import ReducingConfig
 
     if "ficoco_server" in os.environ.get("VLLM_PLUGINS", "").split(",") and _runs_vllm_batch():
         raise RuntimeError(
@@ -56,7 +56,7 @@ def register() -> None:
 
     for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, model)
-        MODELS_CONFIG_MAP.setdefault(architecture, ReducingLlavaConfig)
+        MODELS_CONFIG_MAP.setdefault(architecture, ReducingConfig)
 
 
 def _runs_vllm_batch() -> bool:

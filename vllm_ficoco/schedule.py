@@ -85,28 +85,16 @@ def same_depth(layer: int, of: int, layers: int) -> int:
     return layer * layers // of
 
 
-def windows(grid: tuple[int, int], count: int) -> list[tuple[int, int, int, int]]:
-    """Cut a grid into exactly ``count`` rectangles of nearly equal size that cover it.
-
-    The grid is cut into bands of rows, each band into windows; as square as the count allows.
+def bands(grid: tuple[int, int], count: int) -> int:
+    """Into how many bands of rows a grid is cut, to be cut into windows as square as can be.
 
     Args:
         grid: rows and columns.
-        count: from 1 to rows * columns.
-
-    Returns:
-        (top, bottom, left, right) of every window, ends exclusive, in raster order.
+        count: of windows, from 1 to rows * columns.
     """
     rows, columns = grid
-    bands = round(math.sqrt(count * rows / columns))
-    bands = min(max(bands, math.ceil(count / columns), 1), rows, count)
-    cuts = []
-    for band in range(bands):
-        top, bottom = band * rows // bands, (band + 1) * rows // bands
-        here = (band + 1) * count // bands - band * count // bands
-        for i in range(here):
-            cuts.append((top, bottom, i * columns // here, (i + 1) * columns // here))
-    return cuts
+    wanted = round(math.sqrt(count * rows / columns))
+    return min(max(wanted, math.ceil(count / columns), 1), rows, count)
 
 
 def largest_remainder(total: int, sizes: Sequence[int]) -> list[int]:

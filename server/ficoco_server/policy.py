@@ -134,6 +134,13 @@ class Policy(BaseModel):
                     f"{geometry.unsupported}"
                 )
             return
+        if missing := geometry.lacks(METHODS[self.default_method]):
+            able = [name for name in self.methods if not geometry.lacks(METHODS[name])]
+            raise PolicyError(
+                f"the default method {self.default_method!r} ({_names('default_method')}) needs "
+                f"{missing}, which this model does not offer; of the allowed ones it does: "
+                f"{', '.join(able) or 'none'}"
+            )
         layout = largest or geometry.layout
         low = self.low(geometry)
         if isinstance(low, ShareOfTokens):

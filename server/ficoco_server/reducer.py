@@ -18,7 +18,7 @@ from ficoco_server.policy import Policy
 from ficoco_server.protocol import ReductionFields, count_images
 from ficoco_server.resolve import Level, as_written, fit, settled
 from vllm_ficoco import schedule
-from vllm_ficoco.cost import Decoder, prefill_flops_ratio
+from vllm_ficoco.cost import Decoder, mlp_width, prefill_flops_ratio
 from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.engine.gaps import Run, held_of
 from vllm_ficoco.methods import METHODS
@@ -61,8 +61,8 @@ class Reducer:
             self.geometry = Geometry.none(str(error))
         multimodal = model.multimodal_config
         self.shared_memory = multimodal and multimodal.mm_processor_cache_type == "shm"
-        vision = getattr(model.hf_config, "vision_config", None)
-        self.image_size: int = getattr(vision, "image_size", 0)
+        self.vision: Any = getattr(model.hf_config, "vision_config", None)
+        self.image_size: int = getattr(self.vision, "image_size", 0)
         """Pixels of a side of what the tower takes in: an image, or a tile of it."""
         if self.geometry.by_image and processor is None:
             self.geometry = Geometry.none("this server takes no images")
@@ -72,8 +72,9 @@ class Reducer:
         """Thumbnail and tiles of the image that has most."""
         if self.geometry.by_image:
             self.largest = processor.largest_layout
-            pinpoints = model.hf_config.image_grid_pinpoints
-            self.most_inputs = max(processor.layout_of(w, h).inputs for h, w in pinpoints)
+            pinpoints = getattr(model.hf_config, "image_grid_pinpoints", ())
+            inputs = [processor.layout_of(w, h).inputs for h, w in pinpoints]
+            self.most_inputs = max(inputs, default=1)
         elif not self.geometry.unsupported:
             self.largest = self.geometry.layout
         policy.check_model(self.geometry, self.largest)
@@ -83,7 +84,7 @@ class Reducer:
         self.decoder = Decoder(
             layers=model.get_total_num_hidden_layers(),
             hidden_size=model.get_hidden_size(),
-            intermediate_size=getattr(text, "intermediate_size", 0) or 0,
+            intermediate_size=mlp_width(text),
             heads=getattr(text, "num_attention_heads", 0) or 0,
             kv_heads=model.get_total_num_kv_heads(),
             head_size=model.get_head_size(),
@@ -135,6 +136,12 @@ class Reducer:
             raise _refusal(request, error) from None
 
     @staticmethod
+    def too_far(request: ReductionFields, refused: VLLMValidationError) -> VLLMValidationError:
+        """What the processor says of positions that the model has not, where its images stand."""
+        request._seen.method = INVALID
+        return VLLMValidationError(str(refused.args[0]), parameter=request.turns)
+
+    @staticmethod
     def refused(request: ReductionFields, refused: RefusedImage) -> VLLMValidationError:
         """What the processor says of an image's settings, in the words of its client."""
         return _refusal(request, as_written(request._settled[refused.image], refused.error))
@@ -152,6 +159,34 @@ class Reducer:
         """Refuse settings in places where they would do nothing, or pass by the policy."""
         if request._asked.misplaced is not None:
             raise request._asked.misplaced
+
+    def refuse_too_large(
+        self, request: ReductionFields, embeds: Sequence[bool], engine_input: Any
+    ) -> None:
+        """Refuse an image that the tower has no room for.
+
+        vLLM does so a step later, but by what an image holds in the prompt, and a small budget
+        would get an image past it that processor options of the request have made huge.
+
+        Raises:
+            VLLMValidationError: there is one.
+        """
+        for i, layout in enumerate(self._layouts(embeds, engine_input)):
+            if layout is not None and self.too_large(layout):
+                error = SettingsError(
+                    request.turns,
+                    f"image {i} of {layout.tokens} visual tokens",
+                    f"of {self.encoder_tokens} or fewer, which the tower takes in at most, "
+                    "whatever its budget",
+                )
+                raise VLLMValidationError(str(error), parameter=error.field)
+
+    def too_large(self, layout: Layout) -> bool:
+        """Whether an image has more tokens than the tower has room for.
+
+        Those in tiles go through it some tiles at a time.
+        """
+        return self.geometry.is_native and layout.encoded > self.encoder_tokens
 
     def refuse_too_long(
         self,
@@ -223,7 +258,8 @@ class Reducer:
         if self.geometry.by_image:
             most = self.encoder_tokens
             value += f" of {sum(encoded.values())} visual tokens in the tower"
-            allowed = f"images of {most} visual tokens there, padding of tiles included,"
+            padding = "" if self.geometry.is_native else ", padding of tiles included"
+            allowed = f"images of {most} visual tokens there{padding},"
         if others:
             value += f" beside {sum(others.values())} tokens of {_counted(len(others), 'video')}"
             allowed = f"{allowed} videos counted as well,"
@@ -243,14 +279,15 @@ class Reducer:
         """The largest budget of images that have so many tokens of a prompt to share, in words."""
         policy = self.policy
         late = [r.method for r in settings if r and r.spec.decoder]
-        early = [name for name in policy.methods if METHODS[name].place != "nowhere"]
+        able = [name for name in policy.methods if not self.geometry.lacks(METHODS[name])]
+        early = [name for name in able if METHODS[name].place != "nowhere"]
         early = [name for name in early if METHODS[name].decoder is None]
         if not early:
             return f"{len(layouts)} images that keep all their tokens do not fit; send fewer."
 
         def held(budget: int) -> list[int]:
             """Tokens of every image at a budget; a small one has fewer."""
-            return [min(budget, layout.tokens) for layout in layouts]
+            return [min(budget, layout.sent) for layout in layouts]
 
         budgets = range(1 + max(held(policy.max_budget or room)))
         budget = bisect_right(budgets, room, key=lambda budget: sum(held(budget))) - 1
@@ -312,7 +349,7 @@ class Reducer:
             return None
         prompt = len(engine_input["prompt_token_ids"])
         before = [
-            layout.tokens if layout else count
+            layout.sent if layout else count
             for layout, count in zip(layouts, entering, strict=True)
         ]
         spans = self._spans
@@ -410,7 +447,7 @@ class Reducer:
             support = {
                 "supported": True,
                 "layout": "by image" if geometry.by_image else "fixed",
-                "grid": list(geometry.grid),
+                "grid": "by image" if geometry.is_native else list(geometry.grid),
                 "visual_tokens": self.largest.tokens,
                 "tower_layers": geometry.layers,
                 "has_cls": geometry.has_cls,
@@ -438,6 +475,7 @@ class Reducer:
                     name
                     for name, method in METHODS.items()
                     if name in (*policy.methods, NO_REDUCTION)
+                    and not geometry.lacks(method)
                     and (method.decoder is None or method.decoder.least_stages <= stages)
                 ],
                 "min_budget": policy.min_budget,
@@ -448,7 +486,10 @@ class Reducer:
                     "name": method.name,
                     "idea": method.idea,
                     "paper": method.paper or None,
-                    "places": method.places,
+                    "places": [
+                        geometry.place_of(method) if place == method.place else place
+                        for place in method.places
+                    ],
                     "decoder_stages": method.decoder.least_stages if method.decoder else 0,
                     "options": method.options.model_json_schema(),
                 }

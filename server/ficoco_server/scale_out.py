@@ -7,7 +7,8 @@ them where the engine has them under the hash. A model that returns fewer rows t
 ends the engine, so the three must agree before a request gets there.
 
 Where an image's tokens depend on its size, its hash says nothing of them. There its fields must
-come along, and the engine gets it under another hash, which no other image can have.
+come along, and the engine gets it under another hash, which no other image can have. What its size
+is, they say themselves: in pixels, or at native resolution (Qwen-VL) as a grid of patches.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from vllm_ficoco.packed import PACKED_FIELD, Packed, unpack
 from vllm_ficoco.settings import REDUCTION_KEY, Reduction, SettingsError
 from vllm_ficoco.vision.layout import Layout
 
-PIXELS, EMBEDS, HANDLE, SIZE = "pixel_values", "image_embeds", "signature", "image_sizes"
+PIXELS, EMBEDS, HANDLE = "pixel_values", "image_embeds", "signature"
+SIZE, GRID = "image_sizes", "image_grid_thw"
 
 LARGEST_SIDE = 10**6
 """Pixels."""
@@ -59,7 +61,7 @@ class Due(NamedTuple):
 
     tokens: int
     why: str
-    reduction: Reduction | None = None
+    packed: Packed = Packed()
 
 
 def check_features(request: Any, reducer: Reducer) -> None:
@@ -70,6 +72,7 @@ def check_features(request: Any, reducer: Reducer) -> None:
     """
     features, params, geometry = request.features, request.sampling_params, reducer.geometry
     items = mm_kwargs_from_features(features).get("image", [])
+    images = []
     for i, item in enumerate(items):
         hashes, place = features.mm_hashes["image"], features.mm_placeholders["image"][i]
         field = f"features.kwargs_data.image[{i}]"
@@ -80,7 +83,8 @@ def check_features(request: Any, reducer: Reducer) -> None:
             by_hash = Due(tokens_by_hash(hashes[i], geometry), "what its hash says")
         due = _due(item, field, reducer, by_hash, bool(elsewhere))
         whole = needs_whole_prompt(params)
-        if whole and due.reduction is not None and due.reduction.spec.decoder:
+        reduction = due.packed.reduction
+        if whole and reduction is not None and reduction.spec.decoder:
             allowed = "left out where tokens leave inside the decoder"
             raise SettingsError(f"sampling_params.{whole}", getattr(params, whole), allowed)
         if place.length != due.tokens:
@@ -92,6 +96,12 @@ def check_features(request: Any, reducer: Reducer) -> None:
         elif by_hash.tokens != due.tokens:
             allowed = f"a render's, of an image with {due.tokens} visual tokens"
             raise SettingsError(f"features.mm_hashes.image[{i}]", hashes[i], allowed)
+        images.append(due.packed)
+    if geometry.is_native:
+        try:
+            reducer.processor._refuse_far(images)
+        except VLLMValidationError as refused:
+            raise VLLMValidationError(str(refused.args[0]), parameter="features") from None
 
 
 def _due(item: Any, field: str, reducer: Reducer, by_hash: Due | None, elsewhere: bool) -> Due:
@@ -115,8 +125,12 @@ def _due(item: Any, field: str, reducer: Reducer, by_hash: Due | None, elsewhere
     packed = _packed_in(item, field)
     if EMBEDS in item and PIXELS not in item and packed.reduction is None:
         rows = (*_shape(item, EMBEDS), 0)[0]
-        if _shape(item, EMBEDS) != (rows, reducer.decoder.hidden_size):
-            allowed = f"of {reducer.decoder.hidden_size} numbers a token"
+        width = reducer.decoder.hidden_size * (1 + reducer.geometry.deepstack)
+        if _shape(item, EMBEDS) != (rows, width):
+            allowed = f"of {width} numbers a token"
+            raise SettingsError(f"{field}.{EMBEDS}", _shape(item, EMBEDS), allowed)
+        if reducer.geometry.is_native and rows != _native_layout(item, field, reducer).tokens:
+            allowed = f"as many as the places of {GRID}"
             raise SettingsError(f"{field}.{EMBEDS}", _shape(item, EMBEDS), allowed)
         return Due(rows, "what its embeddings have")
     pixels = PIXELS in item and EMBEDS not in item
@@ -124,12 +138,13 @@ def _due(item: Any, field: str, reducer: Reducer, by_hash: Due | None, elsewhere
         raise SettingsError(field, sorted(item), f"{PIXELS}, or {EMBEDS} without settings")
     layout = _layout(item, packed.layout, field, reducer)
     reduction = packed.reduction and _admitted(packed.reduction, layout, field, reducer)
+    _check_scaled(reduction, layout, field)
     if pixels:
         _check_pixels(item, layout, field, reducer)
     elif by_hash is not None:
-        return by_hash._replace(reduction=reduction)
+        return by_hash._replace(packed=Packed(reduction))
     kept = reducer.geometry.kept(reduction, layout=layout)
-    return Due(kept, "what its settings keep", reduction)
+    return Due(kept, "what its settings keep", Packed(reduction, layout))
 
 
 def _shape(item: Any, name: str) -> tuple[int, ...]:
@@ -159,24 +174,64 @@ def _layout(item: Any, packed: Layout | None, field: str, reducer: Reducer) -> L
     """The layout of an image, where it is that of its size."""
     if not reducer.geometry.by_image:
         return reducer.geometry.layout
+    if reducer.geometry.is_native:
+        layout, image = _native_layout(item, field, reducer), f"an image with this {GRID}"
+    else:
+        layout, image = _tiled_layout(item, field, reducer)
+    if packed is None or packed._replace(original=0) != layout:
+        allowed = f"a render's: {image} has another layout"
+        raise SettingsError(f"{field}.{PACKED_FIELD}", packed and packed.to_json(), allowed)
+    return packed
+
+
+def _tiled_layout(item: Any, field: str, reducer: Reducer) -> tuple[Layout, str]:
+    """The layout of an image of this size, and the size in words."""
     size = getattr(item.get(SIZE), "data", None)
     numbers = size.tolist() if isinstance(size, torch.Tensor) and size.shape == (2,) else []
     if not numbers or not all(type(n) is int and 0 < n <= LARGEST_SIDE for n in numbers):
         allowed = f"height and width of the image, from 1 to {LARGEST_SIDE}"
         raise SettingsError(f"{field}.{SIZE}", numbers or None, allowed)
     height, width = numbers
-    layout: Layout = reducer.processor.layout_of(width, height)
-    if packed != layout:
-        allowed = f"a render's: an image of {width} x {height} has another layout"
-        raise SettingsError(f"{field}.{PACKED_FIELD}", packed and packed.to_json(), allowed)
+    return reducer.processor.layout_of(width, height), f"an image of {width} x {height}"
+
+
+def _native_layout(item: Any, field: str, reducer: Reducer) -> Layout:
+    """The layout that an image's grid of patches says."""
+    side = reducer.vision.spatial_merge_size
+    grid = getattr(item.get(GRID), "data", None)
+    numbers = grid.tolist() if isinstance(grid, torch.Tensor) and grid.shape == (3,) else []
+    whole = bool(numbers) and all(type(n) is int and 0 < n <= LARGEST_SIDE for n in numbers)
+    if not whole or numbers[0] != 1 or numbers[1] % side or numbers[2] % side:
+        allowed = f"1, and rows and columns of patches, multiples of {side}"
+        raise SettingsError(f"{field}.{GRID}", numbers or None, allowed)
+    layout = Layout((numbers[1] // side, numbers[2] // side))
+    if reducer.too_large(layout):
+        allowed = f"of {reducer.encoder_tokens} visual tokens or fewer"
+        raise SettingsError(f"{field}.{GRID}", numbers, allowed)
     return layout
+
+
+def _check_scaled(reduction: Reduction | None, layout: Layout, field: str) -> None:
+    """Whether an image that is said to have been scaled down is within its budget, and no other."""
+    resized = reduction is not None and reduction.spec.place == "input"
+    if resized != bool(layout.original) or (
+        reduction is not None and resized and layout.tokens > (reduction.budget or 0)
+    ):
+        allowed = "a render's: of an image scaled down to its budget, or of one that was not"
+        raise SettingsError(f"{field}.{PACKED_FIELD}", layout.to_json(), allowed)
 
 
 def _check_pixels(item: Any, layout: Layout, field: str, reducer: Reducer) -> None:
     """Whether an image's pixels are what the tower takes in."""
     shape, side = _shape(item, PIXELS), reducer.image_size
     of_one = (3, side, side)
-    if not reducer.geometry.by_image:
+    if reducer.geometry.is_native:
+        vision = reducer.vision
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        patches = layout.tokens * vision.spatial_merge_size**2
+        if shape != (patches, values):
+            raise SettingsError(f"{field}.{PIXELS}", shape, f"of shape {(patches, values)}")
+    elif not reducer.geometry.by_image:
         if shape != of_one:
             raise SettingsError(f"{field}.{PIXELS}", shape, f"of shape {of_one}")
     elif shape[1:] != of_one or not layout.inputs <= shape[0] <= reducer.most_inputs:
@@ -188,4 +243,6 @@ def _check_pixels(item: Any, layout: Layout, field: str, reducer: Reducer) -> No
 def _own_hash(mm_hash: str, item: Any, due: Due) -> str:
     """A hash for the engine that no image of another size, or from another route, can have."""
     packed = bytes(item[PACKED_FIELD].data.tolist()) if PACKED_FIELD in item else b""
+    if GRID in item:  # of embeddings: what is packed says it of pixels
+        packed += repr(item[GRID].data.tolist()).encode()
     return hashlib.sha256(repr((_SALT, mm_hash, packed, due.tokens)).encode()).hexdigest()

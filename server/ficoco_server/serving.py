@@ -33,7 +33,7 @@ from ficoco_server.scale_out import ReductionTokens
 from ficoco_server.sent import remember_what_is_sent
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.models.processing import RefusedImage
-from vllm_ficoco.settings import REDUCTION_KEY, SettingsError
+from vllm_ficoco.settings import BUDGET_KEY, REDUCTION_KEY, SettingsError
 from vllm_ficoco.vision.geometry import STAGES_KEY
 
 T = TypeVar("T")
@@ -130,6 +130,10 @@ class ReductionRenderer(OnlineRenderer):
             rendered = await render(request, messages, *args, **kwargs)
         except RefusedImage as refused:
             raise self.reducer.refused(request, refused) from None
+        except VLLMValidationError as refused:
+            if refused.parameter != BUDGET_KEY:
+                raise
+            raise self.reducer.too_far(request, refused) from None
         except AssertionError as error:  # vLLM has not found an image's place in the prompt
             cut = _cut_off(request) if settings else None
             raise cut or error from error
@@ -139,6 +143,7 @@ class ReductionRenderer(OnlineRenderer):
         embeds = [image.embeds for image in request._settled]
         settings = self.reducer.fit(request, engine_input)
         request._seen.expect(settings)
+        self.reducer.refuse_too_large(request, embeds, engine_input)
         self.reducer.refuse_too_long(request, settings, embeds, engine_input)
         self.reducer.refuse_too_many(request, settings, embeds, engine_input)
         request._report = self.reducer.report(settings, embeds, engine_input)

@@ -33,8 +33,15 @@ PLACE = {
     "pooling": "output",
     "uniform": "output",
     "random": "output",
+    "resize": "input",
 }
-"""Between attention and MLP of a layer, or on the output of the last layer."""
+"""Between attention and MLP of a layer, on the output of the last layer, or before the tower."""
+
+AT_OUTPUT = {"ficoco-v"}
+"""Of those between attention and MLP, what acts on the output of a tower that merges patches."""
+
+SAMPLED = 256
+"""Of how many tokens at most the patches are asked, where a tower merges patches into tokens."""
 
 PROPORTIONAL = {"ficoco-k", "tome"}
 """Methods under which every layer adds log(size) of a token to the scores of attending to it."""
@@ -76,14 +83,15 @@ def reduce_one(
     size: list[float],
     keep: int,
     pixels: Tensor,
+    unit: int = 1,
 ) -> tuple[Tensor, list[int], list[float]]:
     """One stage for one image.
 
     Args:
         method: one of :data:`PLACE`.
         options: those that differ from :data:`DEFAULTS`.
-        hidden: (n, D) the patches, [CLS] not among them.
-        query: (H, m, d) before scaling; m = n + 1 with [CLS] first, else n.
+        hidden: (n, D) the tokens, [CLS] not among them.
+        query: (H, m, d) before scaling; m = n * unit patches, one more with [CLS] first.
         key: (H, m, d).
         scale: factor of the products.
         has_cls: whether the layer attends over [CLS] as well.
@@ -92,12 +100,22 @@ def reduce_one(
         size: how many patches every token stands for.
         keep: how many tokens stay.
         pixels: (3, height, width).
+        unit: how many patches, one after another, the tower merges into a token.
 
     Returns:
         Hidden states (keep, D) in the type given, places and sizes.
     """
     image = Image(
-        [row.double() for row in hidden], query, key, scale, has_cls, grid, position, size, pixels
+        [row.double() for row in hidden],
+        query,
+        key,
+        scale,
+        has_cls,
+        grid,
+        position,
+        size,
+        pixels,
+        unit,
     )
     chosen = {**DEFAULTS.get(method, {}), **options}
     rows, position, size = FUNCTIONS[method](image, keep, **chosen)
@@ -118,46 +136,83 @@ class Image:
         position: list[int],
         size: list[float],
         pixels: Tensor,
+        unit: int = 1,
     ) -> None:
         self.hidden, self.scale, self.has_cls, self.grid = hidden, scale, has_cls, grid
         self.query, self.key, self.pixels = query.double(), key.double(), pixels
         self.position, self.size = list(position), list(size)
-        self.n = len(hidden)
+        self.n, self.unit = len(hidden), unit
         self.first = 1 if has_cls else 0
         self.heads = len(self.query)
 
-    def attends(self, token: int, kind: str) -> Tensor:
-        """(n,): what an attended token (0 is [CLS] if there is one) gives to every patch."""
-        total = torch.zeros(self.n, dtype=torch.float64)
+    def patches(self, token: int) -> range:
+        """Where a token's patches are among what is attended to."""
+        return range(self.first + token * self.unit, self.first + (token + 1) * self.unit)
+
+    def attends(self, place: int, kind: str) -> Tensor:
+        """What a patch (0 is [CLS] if there is one) gives to everything that is attended to."""
+        total = torch.zeros(self.key.shape[1], dtype=torch.float64)
         for head in range(self.heads):
-            row = self.scale * (self.key[head] @ self.query[head, token])
+            row = self.scale * (self.key[head] @ self.query[head, place])
             if kind == "probabilities":
                 row = torch.exp(row - row.max())
                 row = row / row.sum()
-            total += row[self.first :]
+            total += row
         return total / self.heads
 
-    def among_patches(self, kind: str) -> list[Tensor]:
-        """A: row i is what patch i gives to every patch."""
-        return [self.attends(self.first + i, kind) for i in range(self.n)]
+    def to_tokens(self, row: Tensor, kind: str) -> Tensor:
+        """(n,): what the tokens get of it: of probabilities the sum over their patches, of logits
+        the mean."""
+        got = torch.zeros(self.n, dtype=torch.float64)
+        for token in range(self.n):
+            for patch in self.patches(token):
+                got[token] += row[patch]
+        return got / self.unit if kind == "logits" else got
+
+    def among_tokens(self, kind: str) -> list[Tensor]:
+        """A: row i is what token i gives to every token, the mean over its patches."""
+        matrix = []
+        for token in range(self.n):
+            row = torch.zeros(self.n, dtype=torch.float64)
+            for patch in self.patches(token):
+                row += self.to_tokens(self.attends(patch, kind), kind)
+            matrix.append(row / self.unit)
+        return matrix
+
+    def given(self, kind: str) -> list[float]:
+        """What a token gives: the mean over its patches and over all patches."""
+        found = []
+        for token in range(self.n):
+            total = 0.0
+            for patch in self.patches(token):
+                row = self.attends(patch, kind)
+                total += sum(float(row[p]) for p in range(self.first, len(row)))
+            found.append(total / self.unit / (self.n * self.unit))
+        return found
 
     def of_cls(self, kind: str = "probabilities") -> list[float]:
-        """a; without [CLS] what a patch receives from the patches on average."""
+        """a; without [CLS] what a token receives from the patches on average, or from those of the
+        middle tokens of so many windows of the grid."""
         if self.has_cls:
-            return self.attends(0, kind).tolist()
+            return self.to_tokens(self.attends(0, kind), kind).tolist()
+        asked = list(range(self.n))
+        if self.unit > 1 and self.n > SAMPLED and kind == "probabilities":
+            asked = middles(self.grid, SAMPLED)
         received = torch.zeros(self.n, dtype=torch.float64)
-        for row in self.among_patches(kind):
-            received += row
-        return (received / self.n).tolist()
+        for token in asked:
+            for patch in self.patches(token):
+                received += self.to_tokens(self.attends(patch, kind), kind)
+        return (received / (len(asked) * self.unit)).tolist()
 
     def mean_keys(self) -> list[Tensor]:
-        """(d,) for every patch: its key, mean over heads."""
+        """(d,) for every token: the keys of its patches, mean over them and over heads."""
         keys = []
-        for patch in range(self.n):
+        for token in range(self.n):
             total = torch.zeros_like(self.key[0, 0])
             for head in range(self.heads):
-                total += self.key[head, self.first + patch]
-            keys.append(total / self.heads)
+                for patch in self.patches(token):
+                    total += self.key[head, patch]
+            keys.append(total / (self.heads * self.unit))
         return keys
 
 
@@ -205,8 +260,8 @@ def ficoco_v(
 ) -> Reduced:
     """Equations 11 to 13 of arXiv 2411.17686 with the local penalty."""
     weight, n = more["lambda"], image.n
-    matrix = [row.tolist() for row in image.among_patches(attention)]
-    local = [sum(row) / n for row in matrix]
+    matrix = [row.tolist() for row in image.among_tokens(attention)]
+    local = image.given(attention)
     task = image.of_cls(attention)
     if normalise:
         local, task = unit(local), unit(task)
@@ -417,13 +472,17 @@ def pooling(image: Image, keep: int) -> Reduced:
 
 def uniform(image: Image, keep: int) -> Reduced:
     """The middle place of every window; of an even number the one behind the middle."""
-    middles = []
-    for places in cut(image.grid, keep):
-        rows = sorted({place // image.grid[1] for place in places})
-        columns = sorted({place % image.grid[1] for place in places})
-        row, column = rows[len(rows) // 2], columns[len(columns) // 2]
-        middles.append(row * image.grid[1] + column)
-    return kept(image, sorted(middles))
+    return kept(image, middles(image.grid, keep))
+
+
+def middles(grid: tuple[int, int], count: int) -> list[int]:
+    """The middle place of each of so many windows, ascending."""
+    found = []
+    for places in cut(grid, count):
+        rows = sorted({place // grid[1] for place in places})
+        columns = sorted({place % grid[1] for place in places})
+        found.append(rows[len(rows) // 2] * grid[1] + columns[len(columns) // 2])
+    return sorted(found)
 
 
 def cut(grid: tuple[int, int], count: int) -> list[list[int]]:
@@ -453,6 +512,11 @@ def evenly(items: range, part: int, parts: int) -> list[int]:
     """The part-th of so many parts of nearly equal length: it ends at floor((part + 1) share)."""
     n = len(items)
     return [x for x in items if part * n // parts <= x < (part + 1) * n // parts]
+
+
+def resize(image: Image, keep: int) -> Reduced:
+    """Nothing: the image has been scaled down before."""
+    return kept(image, list(range(image.n)))
 
 
 def random(image: Image, keep: int, seed: int) -> Reduced:
@@ -502,6 +566,7 @@ FUNCTIONS = {
     "pooling": pooling,
     "uniform": uniform,
     "random": random,
+    "resize": resize,
 }
 
 
@@ -703,6 +768,8 @@ def stages(method: str, tokens: int, budget: int, layers: int) -> list[tuple[int
         return found
     if PLACE[method] == "output":
         return [(layers - 1, budget)]
+    if PLACE[method] == "input":
+        return []
     raise KeyError(method)
 
 

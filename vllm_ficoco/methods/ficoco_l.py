@@ -36,7 +36,15 @@ from torch import Tensor
 
 from vllm_ficoco.methods import ficoco_v
 from vllm_ficoco.methods.decoding import DecoderEvidence, DecoderOptions, in_decoder
-from vllm_ficoco.methods.paradigm import AttentionKind, DecoderPart, Steps, Tokens, highest, take
+from vllm_ficoco.methods.paradigm import (
+    AttentionKind,
+    DecoderPart,
+    Steps,
+    Tokens,
+    highest,
+    merge,
+    take,
+)
 
 
 class FiCoCoLOptions(DecoderOptions):
@@ -92,13 +100,25 @@ def correlate(
     return options.gamma * direct + (1 - options.gamma) * indirect
 
 
+def compress(
+    tokens: Tokens,
+    _: DecoderEvidence,
+    source: Tensor,
+    target: Tensor,
+    correlation: Tensor,
+    options: FiCoCoLOptions,
+) -> Tokens:
+    weight = ficoco_v.weigh_by_row(correlation, options)
+    return merge(tokens, [source], target, lambda _: weight)
+
+
 FICOCO_L = in_decoder(
     "ficoco-l",
     "redundant by patch attention, little attention from the text; merges, at decoder stages",
     "Han et al., Rethinking Token Reduction in MLLMs, arXiv 2411.17686",
     DecoderPart(
         layers=(3,),
-        steps=(Steps(filter, correlate, ficoco_v.by_row),),
+        steps=(Steps(filter, correlate, compress),),
         every_stage=True,
         on_one_grid="penalty",
     ),

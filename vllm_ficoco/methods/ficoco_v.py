@@ -45,7 +45,7 @@ ones. This file is the paper's reading in all three.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -60,9 +60,10 @@ from vllm_ficoco.methods.paradigm import (
     Method,
     Tokens,
     VisionOptions,
+    blocks_of,
+    complement,
     highest,
-    merge,
-    on_device,
+    quantile_of_blocks,
     quantile_per_row,
 )
 
@@ -128,8 +129,12 @@ def local_penalty(
     """
     if coefficient == 1:
         return score
-    count, places = _window_places(grid, window, score.device)
-    place = places[position]
+    (rows, columns), across = grid, -(-grid[1] // window)
+    row, column = position // columns, position % columns
+    # Where in the windows, one after another, the tokens lie.
+    number, within = row // window * across + column // window, row % window * window
+    place = number * window**2 + within + column % window
+    count = -(-rows // window) * across
     laid = score.new_full((len(score), count * window**2), float("-inf"))
     laid = laid.scatter(1, place, score).unflatten(1, (count, window**2))
     highest_of = laid.argmax(-1)  # in a tie the first in raster order
@@ -138,75 +143,91 @@ def local_penalty(
     return torch.where(leads, scaled, score)
 
 
-@lru_cache(maxsize=256)
-def _window_places(grid: tuple[int, int], window: int, device: torch.device) -> tuple[int, Tensor]:
-    """How many windows a grid has, and where in them, one after another, its places lie: (n,)."""
-    rows, columns = grid
-    across = -(-columns // window)
-    places = [
-        ((row // window) * across + column // window) * window**2
-        + row % window * window
-        + column % window
-        for row in range(rows)
-        for column in range(columns)
-    ]
-    return -(-rows // window) * across, on_device(places, device)
-
-
 def filter(tokens: Tokens, evidence: Evidence, leave: int, options: FiCoCoVOptions) -> Tensor:
     return highest(redundancy(tokens, evidence, options), leave)
 
 
 def correlate(
-    _: Tokens, evidence: Evidence, source: Tensor, target: Tensor, options: FiCoCoVOptions
+    tokens: Tokens, evidence: Evidence, source: Tensor, target: Tensor, options: FiCoCoVOptions
 ) -> Tensor:
     between = evidence.attention_between(source, target, options.attention)
-    if options.attention == "logits":
+    if options.attention == "probabilities":
+        return between
+    if options.quantile == "matrix":
         # Rows are compared with each other by a quantile of the matrix, and not by one of a row.
-        compared = (1, 2) if options.quantile == "matrix" else (2,)
-        return (between - between.amax(compared, keepdim=True)).exp()
-    return between
+        if _is_whole(tokens, source, target):
+            return (between - between.amax((1, 2), keepdim=True)).exp()
+        return (between - _highest_of_all(tokens, evidence, target)).exp()
+    return (between - between.amax(2, keepdim=True)).exp()
 
 
-def compress(
+def _is_whole(tokens: Tokens, source: Tensor, target: Tensor) -> bool:
+    """Whether these are all that leave and stay, and not a block of them."""
+    return source.shape[1] + target.shape[1] == len(tokens)
+
+
+def _highest_of_all(tokens: Tokens, evidence: Evidence, target: Tensor) -> Tensor:
+    """(B, 1, 1): the highest logit between any that leaves and any that stays."""
+
+    def find() -> Tensor:
+        blocks = blocks_of(complement(target, len(tokens)), target)
+        between = (evidence.attention_between(block, target, "logits") for block in blocks)
+        return torch.stack([x.amax((1, 2), keepdim=True) for x in between]).amax(0)
+
+    return evidence.remember(("the highest logit",), find)
+
+
+def _quantile_of_all(
+    tokens: Tokens, evidence: Evidence, target: Tensor, options: FiCoCoVOptions
+) -> Tensor:
+    """(B, 1, 1): tau, one quantile over all of C."""
+
+    def find() -> Tensor:
+        source = complement(target, len(tokens))
+
+        def parts() -> Iterator[Tensor]:
+            for block in blocks_of(source, target):
+                yield correlate(tokens, evidence, block, target, options)
+
+        count = source.shape[1] * target.shape[1]
+        return quantile_of_blocks(parts, count, options.epsilon)[:, None, None]
+
+    return evidence.remember(("the quantile of C",), find)
+
+
+def weigh(
     tokens: Tokens,
     evidence: Evidence,
     source: Tensor,
     target: Tensor,
     correlation: Tensor,
     options: FiCoCoVOptions,
-) -> Tokens:
+) -> Tensor:
     if options.quantile == "row":
-        return by_row(tokens, evidence, source, target, correlation, options)
-    threshold = quantile_per_row(correlation.flatten(1), options.epsilon)[..., None]
-    return _share_out(tokens, source, target, correlation, correlation >= threshold, options)
+        return weigh_by_row(correlation, options)
+    if _is_whole(tokens, source, target):
+        threshold = quantile_per_row(correlation.flatten(1), options.epsilon)[..., None]
+    else:
+        threshold = _quantile_of_all(tokens, evidence, target, options)
+    return _shares(correlation, correlation >= threshold, options)
 
 
-def by_row(
-    tokens: Tokens, _: Any, source: Tensor, target: Tensor, correlation: Tensor, options: Any
-) -> Tokens:
-    """Compress with a quantile of each row, or a fixed number of receivers; FiCoCo-L's, too."""
+def weigh_by_row(correlation: Tensor, options: Any) -> Tensor:
+    """(B, S, T): alpha, by a quantile of each row or a number of receivers; FiCoCo-L's, too."""
     if options.receivers is None:
         receives = correlation >= quantile_per_row(correlation, options.epsilon)
     else:
         chosen = highest(correlation, options.receivers)
         receives = torch.zeros_like(correlation, dtype=torch.bool).scatter(2, chosen, True)
-    return _share_out(tokens, source, target, correlation, receives, options)
+    return _shares(correlation, receives, options)
 
 
-def _share_out(
-    tokens: Tokens,
-    source: Tensor,
-    target: Tensor,
-    correlation: Tensor,
-    receives: Tensor,
-    options: Any,
-) -> Tokens:
-    """Equation 13, given which targets receive of each source, (B, S, T) bool."""
+def _shares(correlation: Tensor, receives: Tensor, options: Any) -> Tensor:
+    """Alpha, given which targets receive of each source, (B, S, T) bool."""
     weight = torch.where(receives, correlation if options.weighted else 1.0, 0.0)
     # A source without targets, or that attends to none at all, has nothing to send: 0, not 0 / 0.
     total = weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-    return merge(tokens, source, target, weight / total)
+    return weight / total
 
 
 FICOCO_V = Method(
@@ -218,6 +239,6 @@ FICOCO_V = Method(
     schedule=stages,
     filter=filter,
     correlate=correlate,
-    compress=compress,
+    weigh=weigh,
     options=FiCoCoVOptions,
 )

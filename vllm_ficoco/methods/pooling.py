@@ -2,8 +2,8 @@
 """Spatial pooling: cut the grid into as many windows as the budget, average each.
 
 The baseline "Spatial Pooling" of the FiCoCo paper's tables (arXiv 2411.17686). The windows
-(:func:`vllm_ficoco.schedule.windows`) are as square and as equal as the budget allows; a window's
-token stands at its first place.
+(:func:`vllm_ficoco.methods.paradigm.grid_windows`) are as square and as equal as the budget allows;
+a window's token stands at its first place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from vllm_ficoco.methods.paradigm import (
     Tokens,
     complement,
     grid_windows,
-    merge,
 )
 
 
@@ -37,10 +36,10 @@ def correlate(
     return (owner[source][..., None] == owner[target][:, None]).float()
 
 
-def compress(
-    tokens: Tokens, _: Evidence, source: Tensor, target: Tensor, correlation: Tensor, __: Options
-) -> Tokens:
-    return merge(tokens, source, target, correlation)
+def weigh(
+    _: Tokens, __: Evidence, ___: Tensor, ____: Tensor, same: Tensor, _____: Options
+) -> Tensor:
+    return same
 
 
 POOLING = Method(
@@ -52,5 +51,5 @@ POOLING = Method(
     schedule=lambda _, budget, layers, __: schedule.at_output(budget, layers),
     filter=filter,
     correlate=correlate,
-    compress=compress,
+    weigh=weigh,
 )

@@ -34,7 +34,6 @@ from vllm_ficoco.methods.paradigm import (
     Tokens,
     VisionOptions,
     highest,
-    merge,
     take,
 )
 
@@ -56,19 +55,18 @@ def correlate(
     return evidence.cosine_of_keys(source, target)
 
 
-def compress(
-    tokens: Tokens,
+def weigh(
+    _: Tokens,
     evidence: Evidence,
     source: Tensor,
-    target: Tensor,
+    __: Tensor,
     correlation: Tensor,
     options: PruMergeOptions,
-) -> Tokens:
-    attention = evidence.attention_of_cls()
+) -> Tensor:
     nearest = highest(correlation.transpose(1, 2), options.neighbours)  # (B, T, k)
-    received = take(attention, source)[:, None].expand(-1, target.shape[1], -1)
+    received = take(evidence.attention_of_cls(), source)[:, None].expand(-1, nearest.shape[1], -1)
     weight = received.new_zeros(received.shape).scatter(2, nearest, received.gather(2, nearest))
-    return merge(tokens, source, target, weight.transpose(1, 2))
+    return weight.transpose(1, 2)
 
 
 PRUMERGE = Method(
@@ -79,6 +77,7 @@ PRUMERGE = Method(
     schedule=lambda _, budget, layers, __: schedule.at_output(budget, layers),
     filter=filter,
     correlate=correlate,
-    compress=compress,
+    weigh=weigh,
+    by="target",  # its nearest
     options=PruMergeOptions,
 )

@@ -15,7 +15,15 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_ficoco import schedule
-from vllm_ficoco.methods.paradigm import Evidence, Method, Options, Tokens, VisionOptions, highest
+from vllm_ficoco.methods.paradigm import (
+    EVIDENCE_BYTES,
+    Evidence,
+    Method,
+    Options,
+    Tokens,
+    VisionOptions,
+    highest,
+)
 
 # Odd 64-bit constants of the splitmix64 generator, written as signed integers.
 _STEP = -7046029254386353131
@@ -46,10 +54,16 @@ def mix(x: Tensor) -> Tensor:
 
 
 def lot_of(pixels: Tensor) -> Tensor:
-    """(B, 1) int64: a number drawn by each image of (B, 3, height, width)."""
-    bits = pixels.flatten(1).float().contiguous().view(torch.int32).long()
-    place = torch.arange(bits.shape[1], device=bits.device)
-    return (bits * mix((place + 1) * _STEP)).sum(1, keepdim=True)
+    """(B, 1) int64: a number drawn by each image of (B, 3, height, width) or any other shape."""
+    values = pixels.flatten(1)
+    total = torch.zeros(len(values), 1, dtype=torch.int64, device=values.device)
+    at_once = max(1, EVIDENCE_BYTES // (48 + 24 * len(values)))
+    # Whole numbers, which wrap around: in any order their sum is the same.
+    for first in range(0, values.shape[1], at_once):
+        bits = values[:, first : first + at_once].float().contiguous().view(torch.int32).long()
+        place = torch.arange(first, first + bits.shape[1], device=bits.device)
+        total = total + (bits * mix((place + 1) * _STEP)).sum(1, keepdim=True)
+    return total
 
 
 def draw(lot: Tensor, position: Tensor, seed: int) -> Tensor:

@@ -55,7 +55,7 @@ def compress(
 ) -> Tokens:
     weight = one_hot_of_highest(correlation) * take(tokens.size, source)[..., None]
     own = take(tokens.size, target)
-    merged = merge(tokens, source, target, weight, own)
+    merged = merge(tokens, [source], target, lambda _: weight, own)
     return replace(merged, size=own + torch.sum(weight, 1))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Uniform: keep the middle token of as many windows of the grid as the budget.
 
-A baseline that looks at nothing but the grid (:func:`vllm_ficoco.schedule.windows`).
+A baseline that looks at nothing but the grid (:func:`vllm_ficoco.methods.paradigm.grid_windows`).
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ from vllm_ficoco.methods.paradigm import (
     VisionOptions,
     complement,
     highest,
-    merge,
     one_hot_of_highest,
     take,
 )
@@ -72,17 +71,11 @@ def correlate(
     return similarity.masked_fill(~take(receives, target)[:, None], float("-inf"))
 
 
-def compress(
-    tokens: Tokens,
-    _: Evidence,
-    source: Tensor,
-    target: Tensor,
-    correlation: Tensor,
-    __: VisionZipOptions,
-) -> Tokens:
-    weight = one_hot_of_highest(correlation)
+def weigh(
+    _: Tokens, __: Evidence, ___: Tensor, ____: Tensor, correlation: Tensor, _____: VisionZipOptions
+) -> Tensor:
     # Where the budget is too small for any contextual token, nothing can be merged.
-    return merge(tokens, source, target, weight.masked_fill(correlation.isinf(), 0.0))
+    return one_hot_of_highest(correlation).masked_fill(correlation.isinf(), 0.0)
 
 
 VISIONZIP = Method(
@@ -93,6 +86,6 @@ VISIONZIP = Method(
     schedule=lambda _, budget, layers, __: schedule.at_output(budget, layers),
     filter=filter,
     correlate=correlate,
-    compress=compress,
+    weigh=weigh,
     options=VisionZipOptions,
 )

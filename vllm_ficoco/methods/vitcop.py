@@ -168,7 +168,7 @@ def mean_of_rest(
     tokens: Tokens, _: DecoderEvidence, source: Tensor, target: Tensor, same: Tensor, __: object
 ) -> Tokens:
     """Compress of the second place: the mean over the rest of a cluster, eq. 6."""
-    return merge(tokens, source, target, same)
+    return merge(tokens, [source], target, lambda _: same)
 
 
 VITCOP = Method(

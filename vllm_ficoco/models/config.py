@@ -14,8 +14,11 @@ logger = init_logger(__name__)
 ENCODER_CACHE_MANAGER = "vllm_ficoco.engine.encoder.TowerBudget"
 """For ``--ec-manager-config``."""
 
+ENCODER_TOKENS_KEY = "reduction_encoder_tokens"
+"""Of a model's configuration: visual tokens of a step, which its processor cannot see otherwise."""
 
-class ReducingLlavaConfig(VerifyAndUpdateConfig):
+
+class ReducingConfig(VerifyAndUpdateConfig):
     """Images are scheduled by what the tower does, see :mod:`vllm_ficoco.engine.encoder`."""
 
     @staticmethod
@@ -24,6 +27,11 @@ class ReducingLlavaConfig(VerifyAndUpdateConfig):
             geometry_of(vllm_config.model_config.hf_config)
         except ValueError:
             return  # nothing can be reduced, or the model will say what is wrong
+        setattr(  # every process of vLLM has the model's configuration
+            vllm_config.model_config.hf_config,
+            ENCODER_TOKENS_KEY,
+            vllm_config.scheduler_config.max_num_batched_tokens,
+        )
         config = vllm_config.ec_manager_config
         if config.encoder_cache_manager_cls is None:
             config.encoder_cache_manager_cls = ENCODER_CACHE_MANAGER

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.exceptions import VLLMValidationError
@@ -22,6 +24,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_ficoco.engine.checks import check_positions
 from vllm_ficoco.engine.positions import Offsets, enlarge_table, shortened, table_size
 from vllm_ficoco.engine.visual import VisualTokens
+from vllm_ficoco.models.config import ENCODER_TOKENS_KEY
 from vllm_ficoco.models.processing import COUNTS_KEY, ReducingProcessor
 from vllm_ficoco.models.reducing import ReducingModel
 from vllm_ficoco.packed import PACKED_FIELD, Packed, unpack
@@ -37,10 +40,14 @@ class NativeProcessor(ReducingProcessor):
     info: Qwen2VLProcessingInfo
 
     @property
+    def _merge(self) -> int:
+        """Patches of a side of what becomes one token."""
+        return int(self.info.get_hf_config().vision_config.spatial_merge_size)
+
+    @property
     def _unit(self) -> int:
-        """Pixels of a side of what becomes one token."""
-        vision = self.info.get_hf_config().vision_config
-        return int(vision.patch_size * vision.spatial_merge_size)
+        """Pixels of the same."""
+        return self._merge * int(self.info.get_hf_config().vision_config.patch_size)
 
     def layout_of(
         self, width: int, height: int, kwargs: Mapping[str, object] | None = None
@@ -67,15 +74,63 @@ class NativeProcessor(ReducingProcessor):
         for row, column in sorted(grids, key=lambda grid: (-grid[0] * grid[1], grid)):
             yield ImageSize(width=column * self._unit, height=row * self._unit)
 
+    def check_embeddings(self, images: Any) -> None:
+        """Rows must be the places of the grid: vLLM counts by that alone."""
+        for image in range(len(images)):
+            given = images.get(image)
+            if given.get("image_embeds") is None:
+                continue  # they come another way
+            grid, merge = given["image_grid_thw"].tolist(), self._merge
+            rows, due = len(given["image_embeds"]), math.prod(grid) // merge**2
+            if not due or rows != due or grid[1] % merge or grid[2] % merge:
+                raise VLLMValidationError(
+                    f"Image {image} comes as embeddings of {rows} rows with image_grid_thw {grid}: "
+                    f"sides must be multiples of {merge}, and rows a {merge**2}th of their product",
+                    parameter="image_embeds",
+                )
+
+    def strip_padding(self, processed: BatchFeature, settled: Sequence[Packed]) -> None:
+        """Nothing is padded; but options of the request may have made other patches of images.
+
+        Raises:
+            VLLMValidationError: the tower cannot take them in.
+        """
+        vision = self.info.get_hf_config().vision_config
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        if processed["pixel_values"].shape[-1] != values:
+            raise VLLMValidationError(
+                f"Patches of the image have {processed['pixel_values'].shape[-1]} values, and the "
+                f"model takes in {values}: leave out what changes that.",
+                parameter="mm_processor_kwargs",
+            )
+
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """As its base's.
 
         Raises:
-            VLLMValidationError: the prompt's images would take positions that the model has not.
+            VLLMValidationError: an image is too large for the tower, or the prompt's images would
+                take positions that the model has not.
         """
         made = super().apply(inputs, timing_ctx)
+        self._refuse_large(made[COUNTS_KEY])
         self._refuse_far(made[COUNTS_KEY])
         return made
+
+    def _refuse_large(self, images: Sequence[Packed]) -> None:
+        """vLLM does so by what an image holds in the prompt: a budget would get it past that."""
+        for image, packed in enumerate(images):
+            if packed.reduction is None or packed.layout is None:
+                continue
+            # As vLLM reserves: for the largest image, or for a whole step where that is more.
+            step = getattr(self.info.get_hf_config(), ENCODER_TOKENS_KEY, 0)
+            most = max(step, self.largest_layout.tokens)
+            if packed.layout.tokens > most:
+                raise VLLMValidationError(
+                    f"Image {image} has {packed.layout.tokens} visual tokens before it is reduced, "
+                    f"and the tower takes in {most} at most, whatever its budget: leave out what "
+                    "enlarges it.",
+                    parameter="mm_processor_kwargs",
+                )
 
     def _refuse_far(self, images: Sequence[Packed]) -> None:
         """An image takes as many positions as the larger side of its grid, however little stays.

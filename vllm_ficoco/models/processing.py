@@ -239,14 +239,8 @@ class ReducingProcessor:
         """
         asked = self._asked(kwargs, items)
         images: Any = items["image"] if asked else ()
-        if isinstance(images, ImageEmbeddingItems):
-            for image in range(len(asked)):
-                if not images.get_feature_size(image):  # vLLM would look for it in vain
-                    raise VLLMValidationError(
-                        f"Image {image} comes as embeddings without any row: it must have one for "
-                        "every visual token.",
-                        parameter="image_embeds",
-                    )
+        if isinstance(images, _EMBEDDINGS):
+            self.check_embeddings(images)
         if self.geometry.unsupported or isinstance(images, _EMBEDDINGS):
             return [Packed()] * len(asked), items
         key = BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
@@ -273,6 +267,20 @@ class ReducingProcessor:
         if any(sizes):
             items = MultiModalDataItems({**items, "image": ScaledImages(images, sizes)})
         return settled, items
+
+    def check_embeddings(self, images: Any) -> None:
+        """Whether images that come as embeddings have the rows that vLLM will look for.
+
+        Raises:
+            VLLMValidationError: one has not.
+        """
+        for image in range(len(images)):
+            if not images.get_feature_size(image):
+                raise VLLMValidationError(
+                    f"Image {image} comes as embeddings without any row: it must have one for "
+                    "every visual token.",
+                    parameter="image_embeds",
+                )
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
         """An image's hash depends on its own settings, not on those of its neighbours.
