@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +172,7 @@ def expected(reference: ReferenceQwen, ask: Ask) -> Answer:
         )
 
 
-def check(
-    engine: Engine, reference: ReferenceQwen, asks: Sequence[Shown], times: int = 1
-) -> int:
+def check(engine: Engine, reference: ReferenceQwen, asks: Sequence[Shown], times: int = 1) -> int:
     """All in one batch, perhaps again: of the last time, how many prompts were found in the prefix
     cache up to the middle of a reduced image."""
     truths = [expected(reference, ask) for ask in asks]
