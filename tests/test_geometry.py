@@ -3,10 +3,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PixtralVisionConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PixtralVisionConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
+)
 from transformers import SiglipVisionConfig as SigLIP
 
 from vllm_ficoco.methods import METHODS
@@ -53,6 +62,9 @@ def test_unsupported(config: Any, says: str) -> None:
     with pytest.raises(UnsupportedModel, match=says.replace("[", r"\[")):
         geometry_of(config)
 
+
+LAYERED = ("ficoco-k", "tome", "evit")
+"""Methods that must have tokens leave between layers of the tower."""
 
 NEXT = Geometry((24, 24), 23, True, 32, (4, 8, 16), by_image=True)
 SQUARE = Layout((24, 24), (2, 2), Window(0, 0, 48, 48))
@@ -109,3 +121,88 @@ def test_newlines_are_refused_where_there_are_none() -> None:
     for method in (name for name, m in METHODS.items() if m.place == "nowhere"):
         with pytest.raises(SettingsError, match="left out; known here"):
             Reduction.parse({"method": method, "budget": 64, "options": {"newlines": "all"}})
+
+
+# --- Towers that take images as they come -------------------------------------------------------
+
+QWENS = [Qwen2VLConfig, Qwen2_5_VLConfig, Qwen3VLConfig]
+NATIVE = geometry_of(Qwen2_5_VLConfig())
+ON_NATIVE = [name for name, m in METHODS.items() if name != "none" and not NATIVE.lacks(m)]
+
+
+@pytest.mark.parametrize("config", QWENS)
+def test_qwen(config: Any) -> None:
+    """Grids of their own; tokens can leave behind the tower alone."""
+    geometry = geometry_of(config())
+    assert geometry.is_native and geometry.by_image and not geometry.has_cls
+    assert geometry.offers == {"scaling", "attention"}
+    assert geometry.deepstack == (3 if config is Qwen3VLConfig else 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "says"),
+    [
+        *((config, m, "layers of the vision tower") for config in QWENS for m in LAYERED),
+        (llava, "resize", "to scale an image down to fewer tokens before the tower"),
+    ],
+)
+def test_what_a_model_lacks_is_named(config: Any, method: str, says: str) -> None:
+    """Beside the methods that it can have."""
+    geometry, spec = geometry_of(config()), METHODS[method]
+    assert says in geometry.lacks(spec)
+    reduction, layout = Reduction(method=method, budget=5), Layout((6, 7))
+    for ask in (geometry.check_method, lambda r, f: geometry.parts(r, f, layout)):
+        with pytest.raises(SettingsError, match=f"{method} needs {says}") as refused:
+            ask(reduction, "reduction.budget")
+        assert (refused.value.field, refused.value.value) == ("reduction.method", method)
+        able = refused.value.allowed.removeprefix("one of ").split(":")[0].split(", ")
+        assert able == [name for name, m in METHODS.items() if not geometry.lacks(m)]
+        assert "topk" in able and method not in able
+
+
+def test_where_methods_act_in_a_tower_that_lets_nothing_leave_between_its_layers() -> None:
+    """FiCoCo-V all at once on the output; what has no such variant is refused."""
+    for name in ON_NATIVE:
+        assert NATIVE.place_of(METHODS[name]) in ("input", "output", "nowhere")
+    for name in ("ficoco-v", "ficoco-vl"):
+        assert NATIVE.place_of(METHODS[name]) == "output"
+        assert geometry_of(llava()).place_of(METHODS[name]) == "tower"
+    assert set(METHODS) - set(ON_NATIVE) - {"none"} == set(LAYERED)
+
+
+def test_every_count_of_every_native_grid() -> None:
+    """Exactly the budget, in one stage on the output; at N and beyond nothing is done.
+
+    ``resize`` leaves the image that it is given as it is: the processor has scaled it.
+    """
+    asked = cache(lambda name, budget: Reduction(method=name, budget=budget))
+    reducing = [name for name in ON_NATIVE if METHODS[name].decoder is None]
+    assert len(reducing) > 8
+    for rows in range(1, 13):
+        for columns in range(1, 13):
+            layout, n = Layout((rows, columns)), rows * columns
+            for budget in {*range(1, n + 2), 2 * n}:
+                for name in reducing:
+                    reduction = asked(name, budget)
+                    plans = NATIVE.parts(reduction, layout=layout)
+                    case = (name, layout, budget, plans)
+                    if name == "resize" or budget >= n:
+                        assert plans == [], case
+                        assert NATIVE.kept(reduction, layout=layout) == n, case
+                        continue
+                    (plan,) = plans
+                    assert (plan.part, plan.keep) == (0, budget), case
+                    assert plan.window == (0, 0, rows, columns), case
+                    assert plan.stages == ((NATIVE.layers - 1, budget),), case
+                    assert NATIVE.kept(reduction, layout=layout) == budget, case
+
+
+@pytest.mark.parametrize("original", [43, 300])
+def test_an_image_that_was_scaled_down_keeps_its_tokens(original: int) -> None:
+    """What a budget is compared with is the image as it was sent."""
+    layout = Layout((6, 7), original=original)
+    for budget in (42, original - 1):
+        reduction = Reduction(method="resize", budget=budget)
+        assert NATIVE.kept(reduction, layout=layout) == 42
+        assert NATIVE.parts(reduction, layout=layout) == []
+        assert NATIVE.held(reduction, layout=layout) == [42]

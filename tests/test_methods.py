@@ -8,6 +8,7 @@ one row (and its transcription in ``reference/methods.py``).
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -15,11 +16,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.reference import methods as reference
 from tests.waiting import NoWaiting
-from vllm_ficoco.methods import METHODS, Evidence, Tokens
+from vllm_ficoco.methods import METHODS, Evidence, Tokens, paradigm, random
 from vllm_ficoco.methods.ficoco_v import local_penalty
+from vllm_ficoco.methods.paradigm import quantile_of_blocks, quantile_per_row
+from vllm_ficoco.vision.geometry import FAMILIES
 
 HEADS, HEAD_SIZE, WIDTH, LAYERS = 2, 8, 12, 12
 SCALE = HEAD_SIZE**-0.5
@@ -75,6 +80,23 @@ VARIANTS = [
     for i, options in enumerate(row.options)
 ]
 ROWS = [pytest.param(row, id=row.method) for row in MATRIX]
+BEFORE_THE_TOWER = {"resize"}
+"""Methods that reduce no tokens, as there are only as many as wanted: not in the matrix."""
+
+UNIT = 4
+"""Patches of a token in a tower that merges them (Qwen-VL)."""
+NATIVE = [row for row in MATRIX if METHODS[row.method].needs <= FAMILIES["qwen2_5_vl"]]
+NATIVE_VARIANTS = [
+    pytest.param(row, options, id=f"{row.method}-{i}")
+    for row in NATIVE
+    for i, options in enumerate(row.options)
+]
+TOWERS = [
+    *(pytest.param(*p.values, True, 1, id=f"{p.id}-cls") for p in VARIANTS),
+    *(pytest.param(*p.values, False, 1, id=f"{p.id}-nocls") for p in VARIANTS),
+    *(pytest.param(*p.values, False, UNIT, id=f"{p.id}-units") for p in NATIVE_VARIANTS),
+]
+"""Every variant in every kind of tower: [CLS] or not, patches that are merged into tokens."""
 
 
 class Setting(NamedTuple):
@@ -140,16 +162,18 @@ def evidence_at(
     batch: int = 1,
     has_cls: bool = True,
     dtype: torch.dtype = torch.float32,
+    unit: int = 1,
 ) -> Evidence:
-    """Random queries, keys and pixels of a layer that attends over n patches."""
-    shape = (HEADS, n + has_cls, HEAD_SIZE)
+    """Random queries, keys and pixels of a layer that attends over the patches of n tokens."""
+    shape = (HEADS, n * unit + has_cls, HEAD_SIZE)
     return Evidence(
         query=(1.5 * random_rows(batch, shape, 100 + layer)).to(dtype),
         key=(1.5 * random_rows(batch, shape, 200 + layer)).to(dtype),
         scale=SCALE,
         grid=grid,
         has_cls=has_cls,
-        pixels=random_rows(batch, (3, 6, 5), 300).to(dtype),
+        pixels=random_rows(batch, (3, 6, 5) if unit == 1 else (n * unit, 6), 300).to(dtype),
+        unit=unit,
     )
 
 
@@ -186,6 +210,7 @@ def reduce_reference(
         tokens.size[image].tolist(),
         keep,
         evidence.pixels[image],
+        evidence.unit,
     )
 
 
@@ -198,14 +223,27 @@ def schedule(row: Row, tokens: int, budget: int, layers: int = LAYERS) -> list[t
 def test_every_method_is_in_the_matrix() -> None:
     """No method ships without these tests."""
     before_decoder = {m.name for m in METHODS.values() if m.name != "none" and not m.decoder}
-    assert {row.method for row in MATRIX} == before_decoder == set(reference.PLACE)
+    assert before_decoder == set(reference.PLACE)
+    assert {row.method for row in MATRIX} == before_decoder - BEFORE_THE_TOWER
     for row in MATRIX:
         method = METHODS[row.method]
         assert method.name == row.method
         assert method.place == reference.PLACE[row.method]
+        assert method.at_output == (row.method in reference.AT_OUTPUT)
         assert method.proportional_attention == (row.method in reference.PROPORTIONAL)
         defaults = method.options().model_dump()
         assert defaults == reference.DEFAULTS.get(row.method, {})
+
+
+@pytest.mark.parametrize("name", sorted(BEFORE_THE_TOWER))
+def test_what_is_scaled_down_before_the_tower_loses_no_token(name: str) -> None:
+    """It has no stage, and all tokens of the smaller image stay as they are."""
+    method, tokens = METHODS[name], Tokens.of(images(2, 12, 0))
+    assert method.place == reference.PLACE[name] == "input"
+    assert method.schedule(144, 9, LAYERS, method.options()) == []
+    after = method.reduce(tokens, evidence_at(0, (3, 4), 12, 2), 12, method.options())
+    for one, other in zip(after.tensors, tokens.tensors, strict=True):
+        assert torch.equal(one, other)
 
 
 # --- The formulas -------------------------------------------------------------------------------
@@ -428,15 +466,24 @@ def test_heads_on_other_ranks_count() -> None:
 # --- Batches ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("has_cls", [True, False], ids=["cls", "nocls"])
-@pytest.mark.parametrize(("row", "options"), VARIANTS)
-def test_an_image_does_not_depend_on_its_batch(row: Row, options: dict, has_cls: bool) -> None:
+@pytest.mark.parametrize("memory", [2**28, 2**15], ids=["at once", "in turns"])
+@pytest.mark.parametrize(("row", "options", "has_cls", "unit"), TOWERS)
+def test_an_image_does_not_depend_on_its_batch(
+    row: Row,
+    options: dict,
+    has_cls: bool,
+    unit: int,
+    memory: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Alone, first or last of five, or in another order: the same tokens and the same values."""
-    tokens, evidence = Tokens.of(images(5, 35, 0)), evidence_at(0, (5, 7), 35, 5, has_cls)
+    monkeypatch.setattr(paradigm, "EVIDENCE_BYTES", memory)
+    tokens = Tokens.of(images(5, 35, 0))
+    evidence = evidence_at(0, (5, 7), 35, 5, has_cls, unit=unit)
     together = reduce(row, options, tokens, evidence, 20)
     orders = [[i] for i in range(5)] + [[3, 0, 4, 2, 1]]
     for order in orders:
-        part = Tokens(tokens.hidden[order], tokens.position[order], tokens.size[order])
+        part = Tokens(*(x[order] for x in tokens.tensors))
         got = reduce(row, options, part, pick(evidence, order), 20)
         assert torch.equal(got.position, together.position[order])
         assert torch.equal(got.hidden, together.hidden[order])
@@ -542,6 +589,202 @@ def test_zero_keys_are_finite() -> None:
         assert reduce(row, {}, tokens, evidence, 9).hidden.isfinite().all(), row.method
 
 
+# --- Tokens of several patches ------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of more than 6 tokens are large enough for samples."""
+    monkeypatch.setattr(paradigm, "SAMPLED", 6)
+    monkeypatch.setattr(reference, "SAMPLED", 6)
+
+
+def compare(
+    row: Row, options: dict, tokens: Tokens, evidence: Evidence, keep: int, tolerance: float = 1e-5
+) -> None:
+    """Of every image the same tokens stay as by the transcription, with the same values."""
+    mine = reduce(row, options, tokens, evidence, keep)
+    for i in range(len(tokens.hidden)):
+        hidden, position, _ = reduce_reference(row, options, tokens, evidence, keep, i)
+        assert mine.position[i].tolist() == position
+        got = mine.hidden[i].double()
+        torch.testing.assert_close(got, hidden, rtol=tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize(("grid", "keep"), [((1, 7), 3), ((7, 1), 6), ((3, 5), 1), ((5, 6), 13)])
+@pytest.mark.parametrize(("row", "options"), NATIVE_VARIANTS)
+def test_tokens_of_several_patches_match_the_transcription(
+    row: Row, options: dict, grid: tuple[int, int], keep: int
+) -> None:
+    """On odd grids, where every patch is asked."""
+    n = grid[0] * grid[1]
+    evidence = evidence_at(0, grid, n, 2, has_cls=False, unit=UNIT)
+    compare(row, options, Tokens.of(images(2, n, 0)), evidence, keep)
+
+
+@pytest.mark.usefixtures("few_sampled")
+@pytest.mark.parametrize(("row", "options"), NATIVE_VARIANTS)
+def test_a_sample_of_the_patches_is_asked(row: Row, options: dict) -> None:
+    """Of an image of more tokens: in bfloat16, as the tower computes."""
+    tokens = Tokens.of(images(2, 35, 0, torch.bfloat16))
+    evidence = evidence_at(0, (5, 7), 35, 2, has_cls=False, dtype=torch.bfloat16, unit=UNIT)
+    compare(row, options, tokens, evidence, 12, 2e-2)
+
+
+def test_how_many_tokens_are_asked() -> None:
+    """256 of 15 * 19; a tower that merges nothing asks all."""
+    tokens = Tokens.of(images(1, 285, 0))
+    for unit in (UNIT, 1):
+        evidence = evidence_at(0, (15, 19), 285, has_cls=False, unit=unit)
+        compare(Row("topk"), {}, tokens, evidence, 60)
+        received = evidence.attention_received()
+        assert float(received.sum()) == pytest.approx(1.0)
+        query = evidence.query.clone()
+        asked = reference.middles((15, 19), 256) if unit > 1 else range(285)
+        query.unflatten(2, (285, unit))[:, :, sorted({*range(285)} - {*asked})] = 7.0
+        assert torch.equal(replace(evidence, query=query).attention_received(), received)
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+def test_what_tokens_of_several_patches_say(kind: str) -> None:
+    """Given, received and A[S, T] of tokens, by the attention of their patches."""
+    n, evidence = 12, evidence_at(0, (3, 4), 12, has_cls=False, unit=UNIT)
+    products = SCALE * evidence.query[0].double() @ evidence.key[0].double().transpose(-1, -2)
+    attention = (products.softmax(-1) if kind == "probabilities" else products).mean(0)
+    received, given, between = torch.zeros(n), torch.zeros(n), torch.zeros(n, n)
+    for i in range(n * UNIT):
+        for j in range(n * UNIT):
+            value, share = attention[i, j], UNIT if kind == "logits" else 1
+            received[j // UNIT] += value / (n * UNIT) / share
+            given[i // UNIT] += value / UNIT / (n * UNIT)
+            between[i // UNIT, j // UNIT] += value / UNIT / share
+    every = torch.arange(n)[None]
+    for got, want in (
+        (evidence.attention_of_cls(kind), received),
+        (evidence.attention_given(kind), given),
+        (evidence.attention_between(every, every, kind), between),
+    ):
+        torch.testing.assert_close(got[0], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("row", "options"), NATIVE_VARIANTS)
+def test_every_count_of_an_odd_grid(row: Row, options: dict) -> None:
+    """So many tokens stay, at places of the grid, ascending."""
+    n, tokens = 35, Tokens.of(images(2, 35, 0))
+    evidence = evidence_at(0, (5, 7), n, 2, has_cls=False, unit=UNIT)
+    for keep in range(1, n):
+        left = reduce(row, options, tokens, evidence, keep)
+        assert left.hidden.shape == (2, keep, WIDTH)
+        assert left.hidden.isfinite().all()
+        assert left.position.shape == (2, keep)
+        assert (left.position.diff(dim=1) > 0).all()
+        assert left.position.min() >= 0
+        assert left.position.max() < n
+
+
+# --- Memory -------------------------------------------------------------------------------------
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made in it and are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.storages: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_leaves(args) if isinstance(x, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            storage = x.untyped_storage() if isinstance(x, Tensor) else None
+            if storage is None or storage._cdata in given or storage._cdata in self.storages:
+                continue
+            self.storages[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, storage._cdata)
+        return made
+
+    def _gone(self, storage: int) -> None:
+        self.now -= self.storages.pop(storage)
+
+
+def test_what_is_held_is_counted() -> None:
+    """What the next test relies on."""
+    x = torch.ones(1000)
+    with Held() as held:
+        y = x + 1
+        del y
+        y = x[:10] + x[None, 10:20]
+    assert y.shape == (1, 10)
+    assert held.most == 4000
+    assert held.now == 40
+
+
+@pytest.mark.parametrize(
+    ("batch", "grid", "keep"), [(1, (18, 20), 180), (1, (18, 20), 1), (8, (9, 10), 40)], ids=str
+)
+@pytest.mark.parametrize(("row", "options"), NATIVE_VARIANTS)
+def test_memory_does_not_grow_with_the_image(
+    row: Row,
+    options: dict,
+    batch: int,
+    grid: tuple[int, int],
+    keep: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three times EVIDENCE_BYTES and what comes out, with the results of ample memory.
+
+    All products of the 1,440 patches of the large image would be 63 times as much.
+    """
+    n = grid[0] * grid[1]
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator).bfloat16()
+
+    evidence = Evidence(
+        *(drawn(n * UNIT, HEADS, HEAD_SIZE).transpose(1, 2) for _ in range(2)),
+        SCALE,
+        grid,
+        False,
+        drawn(n * UNIT, 24),
+        unit=UNIT,
+    )
+    tokens = Tokens.of(drawn(n, 64))
+    ample = reduce(row, options, tokens, evidence, keep)
+    memory = 2**17
+    for module in (paradigm, random):
+        monkeypatch.setattr(module, "EVIDENCE_BYTES", memory)
+    with Held() as held:
+        left = reduce(row, options, tokens, replace(evidence), keep)
+    histograms = 2**21 if options.get("quantile") == "matrix" else 0  # however large the image is
+    assert held.most < 3 * memory + histograms + sum(x.nbytes for x in left.tensors)
+    assert torch.equal(left.position, ample.position)
+    torch.testing.assert_close(left.hidden, ample.hidden, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("row", "options"), VARIANTS)
+def test_what_takes_turns_matches_the_transcription(
+    row: Row, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of a few entries: of queries, of C, of channels."""
+    monkeypatch.setattr(paradigm, "EVIDENCE_BYTES", 2**11)
+    tokens, evidence = Tokens.of(images(2, 35, 0)), evidence_at(0, (5, 7), 35, 2, has_cls=False)
+    compare(row, options, tokens, evidence, 20)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.3, 0.5, 0.998, 1.0])
+def test_a_quantile_in_blocks_is_the_quantile(q: float) -> None:
+    """To the bit, with ties, zeros and numbers of all sizes."""
+    x = torch.exp(20 * random_rows(3, (7, 41), 0))
+    x[1] = 0.0
+    x[2] = x[2].round()
+    got = quantile_of_blocks(lambda: x.split(2, 1), 7 * 41, q)
+    assert torch.equal(got[:, None], quantile_per_row(x.flatten(1), q))
+
+
 # --- Random -------------------------------------------------------------------------------------
 
 
@@ -569,6 +812,19 @@ def test_random_sees_the_first_pixel() -> None:
         for e in (evidence, replace(evidence, pixels=pixels))
     )
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_random_hashes_large_images_in_blocks(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lot is that of the values, whatever their type and wherever blocks end."""
+    pixels = (20 * random_rows(2, (5, 7), 0).abs()).to(dtype)
+    want = reference.lots(pixels[1], range(9), 3)
+    for memory in (2**28, 300):
+        monkeypatch.setattr(random, "EVIDENCE_BYTES", memory)
+        lots = random.draw(random.lot_of(pixels), torch.arange(9).expand(2, -1), 3)
+        assert lots[1].tolist() == want
 
 
 def test_random_is_even() -> None:
@@ -607,17 +863,26 @@ def test_the_guard_sees_waiting() -> None:
             wait()
 
 
-@pytest.mark.parametrize("has_cls", [True, False], ids=["cls", "nocls"])
-@pytest.mark.parametrize(("row", "options"), VARIANTS)
-def test_the_host_does_not_wait(row: Row, options: dict, has_cls: bool) -> None:
+@pytest.mark.parametrize("memory", [2**28, 2**13], ids=["at once", "in turns"])
+@pytest.mark.parametrize(("row", "options", "has_cls", "unit"), TOWERS)
+def test_the_host_does_not_wait(
+    row: Row,
+    options: dict,
+    has_cls: bool,
+    unit: int,
+    memory: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """No result on the device decides what the host does next, and nothing is copied to it.
 
     A Python number that becomes a tensor is copied to the device, and the host waits for it.
     """
-    tokens, evidence = Tokens.of(images(2, 36, 0)), evidence_at(0, (6, 6), 36, 2, has_cls)
-    reduce(row, options, tokens, evidence, 20)  # windows of a grid are made once
+    monkeypatch.setattr(paradigm, "EVIDENCE_BYTES", memory)
+    monkeypatch.setattr(paradigm, "SAMPLED", 10)
+    tokens = Tokens.of(images(2, 36, 0))
+    evidence = evidence_at(0, (6, 6), 36, 2, has_cls, unit=unit)
     with NoWaiting():
-        reduce(row, options, tokens, replace(evidence), 20)  # nothing cached
+        reduce(row, options, tokens, evidence, 20)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -6,15 +6,20 @@ from __future__ import annotations
 import math
 import re
 from itertools import pairwise
+from operator import floordiv, mod
 
 import pytest
+import torch
 
 from tests.reference import methods as reference
 from vllm_ficoco import schedule
 from vllm_ficoco.methods import METHODS
+from vllm_ficoco.methods.paradigm import grid_windows
 from vllm_ficoco.methods.visionzip import VisionZipOptions
 
-REDUCING = sorted(m.name for m in METHODS.values() if m.name != "none" and not m.decoder)
+REDUCING = sorted(
+    m.name for m in METHODS.values() if m.place != "input" and m.name != "none" and not m.decoder
+)
 HALVING = {"ficoco-k", "tome"}
 """Methods that can let go of no more than half of the tokens at a layer."""
 
@@ -72,9 +77,10 @@ def test_matches_the_transcription(method: str, tokens: int) -> None:
             assert stages(method, tokens, budget, layers) == want, (layers, budget)
 
 
-def test_none_has_no_stages() -> None:
-    """Nothing leaves anywhere."""
-    assert stages("none", 576, 64, 23) == []
+@pytest.mark.parametrize("method", ["none", "resize"])
+def test_no_stages(method: str) -> None:
+    """Nothing leaves anywhere: at all, or what is left of the image is scaled down before."""
+    assert stages(method, 576, 64, 23) == []
 
 
 # --- Spreading ----------------------------------------------------------------------------------
@@ -191,45 +197,39 @@ def test_visionzip_splits_as_published() -> None:
 # --- Windows ------------------------------------------------------------------------------------
 
 
+def windows(grid: tuple[int, int], count: int) -> list[list[int]]:
+    """The places of every window."""
+    owner, first, middle = grid_windows(grid, count, torch.device("cpu"))
+    places: list[list[int]] = [[] for _ in range(count)]
+    for place, window in enumerate(owner.tolist()):
+        places[window].append(place)
+    assert [window[0] for window in places] == first.tolist()
+    for window, place in zip(places, middle.tolist(), strict=True):
+        rows, columns = ({f(p, grid[1]) for p in window} for f in (floordiv, mod))
+        assert place == sorted(rows)[len(rows) // 2] * grid[1] + sorted(columns)[len(columns) // 2]
+    return places
+
+
 @pytest.mark.parametrize(
-    "grid", [(1, 1), (1, 9), (9, 1), (2, 13), (4, 4), (5, 7), (7, 5), (12, 12)]
+    "grid", [(1, 1), (1, 9), (9, 1), (2, 13), (4, 4), (5, 7), (7, 5), (12, 12), (16, 16)]
 )
-def test_windows_tile_the_grid(grid: tuple[int, int]) -> None:
-    """For every count: so many rectangles, in raster order, that cover every place once."""
-    rows, columns = grid
-    for count in range(1, rows * columns + 1):
-        cuts = schedule.windows(grid, count)
-        assert len(cuts) == count
-        assert cuts == sorted(cuts)
-        covered = [0] * (rows * columns)
-        for top, bottom, left, right in cuts:
-            assert 0 <= top < bottom <= rows
-            assert 0 <= left < right <= columns
-            for row in range(top, bottom):
-                for column in range(left, right):
-                    covered[row * columns + column] += 1
-        assert covered == [1] * (rows * columns), count
-        heights = {bottom - top for top, bottom, _, _ in cuts}
-        assert max(heights) - min(heights) <= 1
-
-
-@pytest.mark.parametrize("grid", [(1, 9), (9, 1), (2, 13), (4, 4), (5, 7), (12, 12), (16, 16)])
 def test_windows_are_those_of_the_transcription(grid: tuple[int, int]) -> None:
-    """The same places in the same windows."""
+    """For every count: the same places in the same windows; rectangles in bands of equal height."""
     rows, columns = grid
     for count in range(1, rows * columns + 1):
-        mine = [
-            [row * columns + column for row in range(t, b) for column in range(le, r)]
-            for t, b, le, r in schedule.windows(grid, count)
-        ]
+        mine = windows(grid, count)
         assert mine == reference.cut(grid, count), count
+        assert sorted(p for window in mine for p in window) == list(range(rows * columns))
+        heights = {1 + (window[-1] - window[0]) // columns for window in mine}
+        assert max(heights) - min(heights) <= 1
 
 
 def test_windows_are_square_where_they_can_be() -> None:
     """A square count of a grid whose sides it divides gives squares."""
     for count, side in ((1, 24), (4, 12), (16, 6), (64, 3), (144, 2), (576, 1)):
-        for top, bottom, left, right in schedule.windows((24, 24), count):
-            assert bottom - top == right - left == side
+        for window in windows((24, 24), count):
+            assert len(window) == side**2
+            assert window[-1] - window[0] == (side - 1) * 25
 
 
 def test_groups_are_equally_large_and_as_vllm_makes_them() -> None:

@@ -163,11 +163,11 @@ class Image:
     def to_tokens(self, row: Tensor, kind: str) -> Tensor:
         """(n,): what the tokens get of it: of probabilities the sum over their patches, of logits
         the mean."""
-        got = torch.zeros(self.n, dtype=torch.float64)
-        for token in range(self.n):
-            for patch in self.patches(token):
-                got[token] += row[patch]
-        return got / self.unit if kind == "logits" else got
+        values = row.tolist()
+        got = [sum(values[patch] for patch in self.patches(token)) for token in range(self.n)]
+        if kind == "logits":
+            got = [value / self.unit for value in got]
+        return torch.tensor(got, dtype=torch.float64)
 
     def among_tokens(self, kind: str) -> list[Tensor]:
         """A: row i is what token i gives to every token, the mean over its patches."""
@@ -185,8 +185,7 @@ class Image:
         for token in range(self.n):
             total = 0.0
             for patch in self.patches(token):
-                row = self.attends(patch, kind)
-                total += sum(float(row[p]) for p in range(self.first, len(row)))
+                total += sum(self.attends(patch, kind).tolist()[self.first :])
             found.append(total / self.unit / (self.n * self.unit))
         return found
 

@@ -94,11 +94,11 @@ class NativeTower:
         for (reduction, plan), images in alike.items():
             method, options = reduction.spec, reduction.parsed_options()
             with self.timer(method.name):
-                tokens = Tokens.of(torch.stack([embeddings[i] for i in images]))
+                tokens = Tokens.of(_together([embeddings[i] for i in images]))
                 evidence = self._evidence(
                     (plan.window.rows, plan.window.columns),
                     [starts[i] for i in images],
-                    torch.stack([pixels[i] for i in images]),
+                    _together([pixels[i] for i in images]),
                 )
                 left = method.reduce(tokens, evidence, plan.keep, options)
             for image, *kept in zip(images, left.hidden, left.position, strict=True):
@@ -143,7 +143,7 @@ class NativeTower:
         """
         order = self._order(grid, x.device)
         count = grid[0] * grid[1] * self.unit
-        images = torch.stack([x[start : start + count] for start in starts])
+        images = _together([x[start : start + count] for start in starts])
         if order is not None:
             images = images.unflatten(1, (-1, self.unit))[:, order].flatten(1, 2)
         return images.transpose(1, 2)
@@ -154,3 +154,8 @@ class NativeTower:
         side = self.visual.spatial_merge_size
         index, _ = self.visual.get_window_index_thw(1, grid[0] * side, grid[1] * side)
         return on_device(index.cpu().argsort().tolist(), device)
+
+
+def _together(images: list[Tensor]) -> Tensor:
+    """(B, ...): of one image, which can be large, no copy."""
+    return images[0][None] if len(images) == 1 else torch.stack(images)
