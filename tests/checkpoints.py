@@ -304,20 +304,21 @@ def qwen_processor(config: PretrainedConfig) -> dict[str, Any]:
     token = (vision.patch_size * vision.spatial_merge_size) ** 2
     kind = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}.get(config.model_type, "Qwen3VL")
     shared = {
+        **_image_processor("Qwen2VLImageProcessor"),
         "patch_size": vision.patch_size,
         "merge_size": vision.spatial_merge_size,
         "temporal_patch_size": vision.temporal_patch_size,
     }
+    video = {name: value for name, value in shared.items() if name != "image_processor_type"}
     return {
         "processor_class": f"{kind}Processor",
         "image_processor": {
-            **_image_processor("Qwen2VLImageProcessor"),
             **shared,
             "size": {"shortest_edge": 4 * token, "longest_edge": 80 * token},
         },
         "video_processor": {
+            **video,
             "video_processor_type": "Qwen3VLVideoProcessor" if of_3 else "Qwen2VLVideoProcessor",
-            **shared,
             "size": {"shortest_edge": 4 * token, "longest_edge": 200 * token},
         },
     }

@@ -8,9 +8,10 @@ of an image.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,26 +172,31 @@ def expected(reference: ReferenceQwen, ask: Ask) -> Answer:
         )
 
 
-def check(
-    engine: Engine, reference: ReferenceQwen, asks: Sequence[Shown], times: int = 1
-) -> list[Any]:
-    """All in one batch, perhaps again: what comes out, the last time."""
+def check(engine: Engine, reference: ReferenceQwen, asks: Sequence[Shown], times: int = 1) -> int:
+    """All in one batch, perhaps again: of the last time, how many prompts were found in the prefix
+    cache up to the middle of a reduced image."""
     truths = [expected(reference, ask) for ask in asks]
     for _ in range(times):
-        free = engine.free_blocks
-        for number, ask in enumerate(asks):
-            rendered = engine.rendered(ask)
-            check_counts(reference, truths[number], rendered)
-            engine.add(ask, str(number), rendered)
+        free, inside = engine.free_blocks, 0
+        everything = [engine.rendered(ask) for ask in asks]
+        for number, (ask, truth) in enumerate(zip(asks, truths, strict=True)):
+            check_counts(reference, truth, everything[number])
+            engine.add(ask, str(number), everything[number])
         outputs = engine.finished()
         assert engine.free_blocks == free
         for number, (ask, truth) in enumerate(zip(asks, truths, strict=True)):
-            made, words = outputs[str(number)].outputs[0], len(truth.first_logits)
-            logits = torch.tensor([made.logprobs[0][word].logprob for word in range(words)])
+            output, words = outputs[str(number)], len(truth.first_logits)
+            first = output.outputs[0].logprobs[0]
+            logits = torch.tensor([first[word].logprob for word in range(words)])
             far = float((logits - truth.first_logits).abs().max())
             assert far < 1e-3, f"{far} apart: {ask}"
-            assert list(made.token_ids) == truth.tokens, ask
-    return [outputs[str(number)] for number in range(len(asks))]
+            assert list(output.outputs[0].token_ids) == truth.tokens, ask
+            places = everything[number].get("mm_placeholders", {}).get("image", [])
+            inside += any(
+                given and place.offset < output.num_cached_tokens < place.offset + place.length
+                for place, given in zip(places, ask.settings, strict=True)
+            )
+    return inside
 
 
 def check_counts(reference: ReferenceQwen, truth: Answer, rendered: dict[str, Any]) -> None:
@@ -236,14 +242,7 @@ def test_every_shape_and_method(served: Served) -> None:
         asks = asks[::4]
     if served.engine.asynchronous:  # in Triton's interpreter, see below
         asks = asks[::5]
-    outputs = check(served.engine, served.reference, asks, times=2)
-    hits = [output.num_cached_tokens for output in outputs]
-    inside = [
-        hit
-        for hit, ask in zip(hits, asks, strict=True)
-        if any(ask.settings) and hit % 32 == 0 and hit > 0
-    ]
-    assert len(inside) > len(asks) // 4
+    assert check(served.engine, served.reference, asks, times=2) >= len(asks) // 5
 
 
 def test_without_the_offsets_it_would_be_wrong(
@@ -344,6 +343,76 @@ def test_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # one NUMA node serves both ranks
     with made(tmp_path, "qwen2.5-vl", tensor_parallel_size=2) as (engine, reference):
         check(engine, reference, of_every_shape()[::3] + of_every_method())
+
+
+SOAK = 60
+"""Requests of the test below."""
+
+
+def random_ask(lot: random.Random) -> Shown:
+    """A request of any kind, from a few images and words."""
+    images: list[tuple[str, dict[str, Any] | None]] = []
+    for _ in range(lot.choice((0, 1, 1, 1, 2))):
+        method = lot.choice((None, *REDUCING))
+        budget = lot.choice((4, 7, 12, 20, 33, 50))
+        images.append((lot.choice([*SIZES]), method and to(budget, method)))
+    words = " ".join(lot.choices(("red", "star", "is", "there", "what", "?"), k=lot.randint(1, 40)))
+    ask = show(*images, question=words)
+    return replace(ask, sampling={"max_tokens": lot.randint(1, 12)})
+
+
+def test_under_pressure(tmp_path: Path) -> None:
+    """A pool for a few requests forces them out and back in, in steps that stop inside images.
+
+    First against the reference, then a soak: duplicates, aborts and reused prefixes; every output
+    is the one that the request gets alone.
+    """
+    limits = {
+        "max_model_len": 256,
+        "max_num_batched_tokens": 48,
+        "max_num_seqs": 12,
+        "num_gpu_blocks_override": 14,
+    }
+    with made(tmp_path, "qwen2.5-vl", **limits) as (engine, reference):
+        preempted = engine.watch_preemptions()
+        check(engine, reference, (of_every_shape() + of_every_method())[::2], times=2)
+        assert sum(preempted) > 0, "the pool was not small enough to test anything"
+        preempted.clear()
+        soak(engine, SOAK)
+        assert sum(preempted) > 0
+
+
+def soak(engine: Engine, count: int) -> None:
+    """So many requests, a few at a time."""
+    lot, core = random.Random(0), engine.llm.llm_engine
+    asks = [random_ask(lot) for _ in range(40)]
+    alone = []
+    for ask in asks:
+        forget(engine)
+        alone.append(list(engine.generate([ask])[0].outputs[0].token_ids))
+    free = engine.free_blocks
+    waiting = {f"soak{i}": lot.randrange(len(asks)) for i in range(count)}
+    asked, aborting, aborted = dict(waiting), set(), 0
+    while waiting or core.has_unfinished_requests():
+        while waiting and len(engine.scheduler.requests) < 12:
+            name = next(iter(waiting))
+            engine.add(asks[waiting.pop(name)], name)
+            if lot.random() < 0.15:
+                aborting.add(name)
+        for output in core.step():
+            if output.finished and output.request_id in asked:
+                aborting.discard(output.request_id)
+                made = list(output.outputs[0].token_ids)
+                assert made == alone[asked.pop(output.request_id)], output.request_id
+        if aborting and lot.random() < 0.3:
+            name = lot.choice(sorted(aborting))
+            core.abort_request([name])
+            aborting.discard(name)
+            del asked[name]
+            aborted += 1
+    assert not asked, "a request was lost"
+    assert aborted > count // 20
+    assert engine.free_blocks == free
 
 
 def test_on_the_other_model_runner() -> None:

@@ -23,7 +23,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.video_utils import VideoMetadata
 from transformers.vision_utils import get_vision_window_index
 
-from tests.reference.methods import DEFAULTS, FUNCTIONS, Image
+from tests.reference.methods import reduce_one
 
 
 class Answer(NamedTuple):
@@ -37,31 +37,6 @@ class Answer(NamedTuple):
     """Rows and columns of tokens of every image as it went through the tower."""
     length: int
     """Of the prompt with what is left of its images."""
-
-
-class Merged(Image):
-    """An image whose tokens the tower has merged of ``unit`` patches that follow one another.
-
-    A token gives what its patches give on average. It receives, of probabilities, what they receive
-    together; of products, what they receive on average. Its key is the mean of theirs.
-    """
-
-    unit = 4
-
-    def attends(self, token: int, kind: str) -> Tensor:
-        total = torch.zeros(self.n, dtype=torch.float64)
-        for head in range(self.heads):
-            for patch in range(self.unit * token, self.unit * (token + 1)):
-                row = self.scale * (self.key[head] @ self.query[head, patch])
-                if kind == "probabilities":
-                    row = torch.exp(row - row.max())
-                    row = row / row.sum() * self.unit
-                total += torch.stack([part.mean() for part in row.split(self.unit)])
-        return total / (self.heads * self.unit)
-
-    def mean_keys(self) -> list[Tensor]:
-        each = self.key.mean(0).split(self.unit)
-        return [patches.mean(0) for patches in each]
 
 
 class Seen(NamedTuple):
@@ -144,12 +119,17 @@ class ReferenceQwen:
     @torch.no_grad()
     def see(self, image: Pictures.Image, options: dict[str, int]) -> Seen:
         """Puts it through the tower."""
-        processed = self.processor.image_processor(
-            [image], size=self.limits(options), return_tensors="pt"
-        )
-        pixels, grids = processed["pixel_values"], processed["image_grid_thw"]
+
+        def processed(**more: Any) -> Any:
+            limits = self.limits(options)
+            return self.processor.image_processor([image], size=limits, return_tensors="pt", **more)
+
+        # vLLM sends pixels as they are and normalises them in the tower: lots are drawn by those.
+        pixels = processed(do_rescale=False, do_normalize=False)["pixel_values"]
+        ready = processed()
+        grids = ready["image_grid_thw"]
         self.looked.clear()
-        out = self.model.model.get_image_features(pixels, grids)
+        out = self.model.model.get_image_features(ready["pixel_values"], grids)
         ((query, key, scale),) = self.looked
         if hasattr(self.visual, "window_size"):
             order, _ = get_vision_window_index(
@@ -174,13 +154,12 @@ class ReferenceQwen:
         n = len(seen.tokens)
         if method in ("none", "resize") or budget >= n:
             return seen.tokens, list(range(n))
-        image = Merged(
-            [row.double() for row in seen.tokens], seen.query, seen.key, seen.scale, False,
-            seen.grid, list(range(n)), [1.0] * n, seen.pixels,
+        rows, places, _ = reduce_one(
+            method, options, seen.tokens, seen.query, seen.key, seen.scale, False, seen.grid,
+            list(range(n)), [1.0] * n, budget, seen.pixels, unit=4,
         )  # fmt: skip
-        rows, places, _ = FUNCTIONS[method](image, budget, **DEFAULTS.get(method, {}) | options)
         assert places == sorted(places) and len(places) == budget
-        return torch.stack(rows).float(), places
+        return rows, places
 
     # --- Prompts --------------------------------------------------------------------------------
 
