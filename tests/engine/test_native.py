@@ -67,13 +67,16 @@ class Shown(Ask):
     """Of a video before the images; none if 0."""
     ends: bool = False
     """With the last image's last token."""
+    before: int = 0
+    """Words before the images."""
 
     @property
     def prompt(self) -> str:
         shown = ["<|vision_start|> <|image_pad|> <|vision_end|>"] * len(self.images)
         if self.frames:
             shown.insert(0, "<|vision_start|> <|video_pad|> <|vision_end|>")
-        whole = " ".join(["USER:", *shown, self.question, "ASSISTANT:"])
+        words = ["star"] * self.before
+        whole = " ".join(["USER:", *words, *shown, self.question, "ASSISTANT:"])
         return whole[: whole.rindex(" <|vision_end|>")] if self.ends else whole
 
     @property
@@ -124,7 +127,7 @@ def of_every_shape() -> list[Shown]:
     return [
         show(question="how many are there ?"),
         *(show((size, None)) for size in ("square", "odd", "line", "tiny", "huge")),
-        *(show((size, to(3, "topk"))) for size in SIZES),
+        *(show((size, to(3, "topk")), before=28) for size in SIZES),  # astride of two KV blocks
         show(("square", to(1, "uniform")), ("square", to(1, "uniform")), ("tiny", None)),
         show(("odd", to(1000, "topk"))),
         show(("wide", to(20, "ficoco-v")), ("tall", None)),
@@ -147,7 +150,7 @@ def of_every_method() -> list[Shown]:
     asks, names = [], [*SIZES]
     for i, method in enumerate(REDUCING):
         asks.append(show((names[i % 6], to(11, method))))
-        asks.append(show((names[(i + 3) % 6], to(25, method))))
+        asks.append(show((names[(i + 3) % 6], to(25, method)), before=20))
     return [
         *asks,
         show(("square", to(21, "ficoco-v", attention="probabilities", normalise=False))),
