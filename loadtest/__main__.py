@@ -116,6 +116,7 @@ async def about(http: httpx.AsyncClient, side: int) -> dict[str, Any]:
         "decoder_stages": model["decoder_stages"],
         "kv_block_size": model["kv_block_size"],
         "in_decoder": [m["name"] for m in answers["reduction"]["methods"] if m["decoder_stages"]],
+        "scaling": [m["name"] for m in answers["reduction"]["methods"] if "input" in m["places"]],
         "kv_cache_bytes_per_token": model["kv_cache_bytes_per_token"],
         "vllm": answers["version"]["version"],
     }
@@ -221,6 +222,7 @@ async def measure(
         server["visual_tokens"],
         server["in_decoder"],
         server["kv_block_size"],
+        server["scaling"],
     )
     return {
         "requests": len(settings),
@@ -251,7 +253,7 @@ async def run(args: argparse.Namespace) -> None:
         if args.model:
             server["model"] = args.model
         conditions = {
-            **{key: value for key, value in server.items() if key != "in_decoder"},
+            **{k: value for k, value in server.items() if k not in ("in_decoder", "scaling")},
             "rate": args.rate if math.isfinite(args.rate) else None,
             "burstiness": args.burstiness,
             "disconnects": args.disconnects,

@@ -138,6 +138,7 @@ def check(
     visual_tokens: int,
     in_decoder: Collection[str] = (),
     block_size: int = 16,
+    scaling: Collection[str] = (),
 ) -> None:
     """Compares what a server kept with what was asked for.
 
@@ -150,6 +151,7 @@ def check(
         visual_tokens: of an unreduced image.
         in_decoder: methods that may keep up to two KV blocks more, as they keep whole ones.
         block_size: tokens of a KV block.
+        scaling: methods that scale images down to a budget or less.
 
     Raises:
         NotKept: something else was kept.
@@ -163,6 +165,7 @@ def check(
     for method, asked in budgets.items():
         slack = 2 * block_size if method in in_decoder else 0
         low, high = min(asked), min(max(asked) + slack, visual_tokens)
+        low = 1 if method in scaling else low
         if method not in kept:
             raise NotKept(f"no visual tokens of {method!r} were counted")
         tokens = kept[method] * visual_tokens

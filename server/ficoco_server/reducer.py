@@ -160,29 +160,8 @@ class Reducer:
         if request._asked.misplaced is not None:
             raise request._asked.misplaced
 
-    def refuse_too_large(
-        self, request: ReductionFields, embeds: Sequence[bool], engine_input: Any
-    ) -> None:
-        """Refuse an image that the tower has no room for.
-
-        vLLM does so a step later, but by what an image holds in the prompt, and a small budget
-        would get an image past it that processor options of the request have made huge.
-
-        Raises:
-            VLLMValidationError: there is one.
-        """
-        for i, layout in enumerate(self._layouts(embeds, engine_input)):
-            if layout is not None and self.too_large(layout):
-                error = SettingsError(
-                    request.turns,
-                    f"image {i} of {layout.tokens} visual tokens",
-                    f"of {self.encoder_tokens} or fewer, which the tower takes in at most, "
-                    "whatever its budget",
-                )
-                raise VLLMValidationError(str(error), parameter=error.field)
-
     def too_large(self, layout: Layout) -> bool:
-        """Whether an image has more tokens than the tower has room for.
+        """Whether an image that comes rendered has more tokens than the tower has room for.
 
         Those in tiles go through it some tiles at a time.
         """

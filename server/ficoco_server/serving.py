@@ -143,7 +143,6 @@ class ReductionRenderer(OnlineRenderer):
         embeds = [image.embeds for image in request._settled]
         settings = self.reducer.fit(request, engine_input)
         request._seen.expect(settings)
-        self.reducer.refuse_too_large(request, embeds, engine_input)
         self.reducer.refuse_too_long(request, settings, embeds, engine_input)
         self.reducer.refuse_too_many(request, settings, embeds, engine_input)
         request._report = self.reducer.report(settings, embeds, engine_input)

@@ -132,6 +132,14 @@ def test_whole_blocks_are_allowed_for() -> None:
             check({"fastv": kept / 144}, mix, 144, inside, block)
 
 
+def test_what_is_scaled_down_may_keep_less() -> None:
+    mix = Mix.parse("resize@48")
+    check({"resize": 40 / 144}, mix, 144, scaling=["resize"])
+    for kept, scaling in ((49, ["resize"]), (40, [])):
+        with pytest.raises(NotKept):
+            check({"resize": kept / 144}, mix, 144, scaling=scaling)
+
+
 def test_traffic_is_as_asked_and_never_the_same_image() -> None:
     mix = Mix.parse("text=1,none=1,ficoco-v@48=2")
     for count in range(3, 50):

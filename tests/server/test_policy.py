@@ -14,6 +14,7 @@ from vllm_ficoco.vision.layout import Layout, Window
 
 TINY = Geometry((12, 12), 9, True)
 LLAVA = Geometry((24, 24), 23, True)
+NATIVE = Geometry((0, 0), 4, False, by_image=True, offers=frozenset({"scaling", "attention"}))
 TEXT_MODEL = Geometry.none("visual tokens can be reduced for LLaVA models, not for 'llama'")
 IMAGE = "messages[0].content[0].image_url"
 
@@ -443,3 +444,49 @@ def test_a_default_that_an_image_cannot_keep_is_called_one() -> None:
     Policy(default_method="pyramiddrop", default_budget=40, low_budget=40).check_model(
         geometry, LARGE
     )
+
+
+# --- What a model lacks ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "geometry", "missing"),
+    [
+        ("tome", NATIVE, "layers of the vision tower"),
+        ("ficoco-k", NATIVE, "layers of the vision tower"),
+        ("resize", TINY, "to scale an image down"),
+    ],
+)
+def test_a_method_that_the_model_cannot_do(method: str, geometry: Geometry, missing: str) -> None:
+    """As the default it stops the start, and a request's is refused before there is an image."""
+    with pytest.raises(PolicyError, match=f"'{method}' .* needs {missing}.* it does: uniform"):
+        read(default_method=method, methods=f"{method},uniform").check_model(
+            geometry, Layout((8, 8))
+        )
+    for request, image in (
+        (on_request(reduction={"method": method, "budget": 5}), on_image()),
+        (Level(), on_image(reduction={"method": method, "budget": 5})),
+    ):
+        with pytest.raises(SettingsError, match=f"{method} needs {missing}") as refused:
+            settle(read(), request, image, geometry=geometry)
+        assert refused.value.field.endswith("reduction.method")
+
+
+def test_a_server_that_only_scales_images_down() -> None:
+    policy = read(default_method="resize", methods="resize", default_budget="40")
+    policy.check_model(NATIVE, Layout((8, 8)))
+    scaled = Layout((2, 3), original=64)
+    for said, budget in (
+        ({}, 40),
+        ({"visual_token_budget": 7}, 7),
+        ({"reduction": {"budget": 6}}, 6),
+        ({"detail": "low"}, 64 // 9),
+    ):
+        [wanted] = resolve.settled(policy, Level(), [on_image(**said)], NATIVE)
+        reduction = resolve.fit(policy, wanted, NATIVE, scaled)
+        assert reduction == Reduction(method="resize", budget=budget)
+        assert NATIVE.kept(reduction, layout=scaled) == 6
+    [wanted] = resolve.settled(policy, Level(), [on_image(visual_token_budget=64)], NATIVE)
+    assert resolve.fit(policy, wanted, NATIVE, Layout((8, 8))) is None
+    with pytest.raises(SettingsError, match="one of resize, by this server's policy"):
+        settle(policy, on_request(reduction={"method": "uniform"}), on_image(), geometry=NATIVE)

@@ -647,6 +647,35 @@ def test_a_budget_that_fits_can_be_reached(tiles: Reducer) -> None:
     assert '"budget": 30' in fits and "tome" not in fits
 
 
+def test_images_at_native_resolution_in_one_step(tiles: Reducer) -> None:
+    """No tiles, so no padding; and what is suggested is no method that the model cannot do."""
+    tiles.geometry = Geometry(
+        (0, 0), 4, False, 6, (2, 4), True, frozenset({"scaling", "attention"})
+    )
+    reduction = Reduction(method="fastv", budget=50)
+    images = [Packed(reduction, Layout((8, 8)))] * 3
+    request, made = asked(tiles, *images, reduction={"method": "fastv", "budget": 50})
+    with pytest.raises(VLLMValidationError, match=r"images of 130 visual tokens there, or") as said:
+        tiles.refuse_too_many(request, [reduction] * 3, [False] * 3, made)
+    assert "3 images of 192 visual tokens" in str(said.value)
+    tiles.policy = Policy(default_method="fastv", methods=("fastv", "tome"))
+    fits = tiles._what_would_fit([reduction], [Layout((8, 8))], 20)
+    assert fits == "1 images that keep all their tokens do not fit; send fewer."
+
+
+def test_what_was_scaled_down_counts_as_it_was_sent(tiles: Reducer) -> None:
+    tiles.geometry = tiles.geometry._replace(starts=(), offers=frozenset({"scaling"}))
+    resize = Reduction(method="resize", budget=20)
+    _, made = asked(tiles, Packed(resize, LARGE._replace(original=200)))
+    report = tiles.report([resize], [False], made)
+    assert report is not None
+    assert (report["visual_tokens_before"], report["visual_tokens_kept"]) == (200, 88)
+    assert report["kv_cache_bytes_saved"] == (200 - 88) * tiles.decoder.kv_bytes_per_token
+    tiles.policy = Policy(default_method="resize", methods=("resize",))
+    scaled = [LARGE._replace(original=200), SMALL]
+    assert "visual_token_budget 114 or less" in tiles._what_would_fit([resize] * 2, scaled, 150)
+
+
 def test_settings_hidden_in_mm_processor_kwargs(reducer: Reducer) -> None:
     request = ChatRequest.model_validate(
         body(image(), mm_processor_kwargs={"visual_token_budget": 9})

@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from tests.server.conftest import API_KEY, MODEL, Server
+from vllm_ficoco.engine.checks import DECODERS
 from vllm_ficoco.methods import METHODS
+from vllm_ficoco.vision.geometry import FAMILIES, Geometry
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -39,6 +41,34 @@ def test_every_method_is_in_the_table() -> None:
             )
             assert method.idea in row
             assert method.paper in row
+
+
+def test_the_table_says_where_a_method_acts() -> None:
+    table = README.split("### Where a method acts")[1].split("## Inside the decoder")[0]
+    rows = [
+        [re.findall("`([^`]+)`", cell) for cell in line.split("|")[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("| ") and "`" in line
+    ]
+    assert sorted(family for families, *_ in rows for family in families) == sorted(FAMILIES)
+    for families, *cells in rows:
+        for family in families:
+            geometry = Geometry((0, 0), 1, False, offers=FAMILIES[family])
+            # LLaVA's decoders have names of their own.
+            has_stages = family.startswith("llava") or f"{family}_text" in DECODERS
+            due: list[list[str]] = [[], [], [], [], []]
+            for method in METHODS.values():
+                if method.name == "none":
+                    continue
+                if geometry.lacks(method) or (method.decoder and not has_stages):
+                    due[-1].append(method.name)
+                    continue
+                place = geometry.place_of(method)
+                if place != "nowhere":
+                    due[("input", "tower", "output").index(place)].append(method.name)
+                if method.decoder:
+                    due[3].append(method.name)
+            assert cells == due, family
 
 
 def test_every_linked_file_is_there() -> None:
@@ -96,20 +126,33 @@ def test_the_snippet_prints_what_the_readme_shows(served: None) -> None:
     assert run.stdout == shown
 
 
+SNIPPETS = {
+    "tiled": ("llava-next tiny-next", "globalcom2", "(100, 100)"),
+    "native": ("qwen2.5-vl tiny-qwen", "tiny-qwen", "(2240, 28)"),
+}
+"""What the command, the code and the output of each hold, by the server that is up already."""
+
+
 @pytest.mark.server
-def test_the_snippet_of_tiles_prints_what_the_readme_shows(tiled: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", SNIPPETS)
+def test_a_snippet_without_weights_prints_what_the_readme_shows(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """The model is made by the README's command; another one like it is up already."""
-    made = block("bash", "tests.checkpoints").splitlines()[0].removeprefix(".venv/bin/python ")
-    *command, name = made.split()
+    server: Server = request.getfixturevalue(kind)
+    command_of, code_of, output_of = SNIPPETS[kind]
+    first, second = block("bash", command_of).splitlines()
+    *command, name = first.split("#")[0].removeprefix(".venv/bin/python ").split()
+    port = second.split()[-1]
     subprocess.run([sys.executable, *command, tmp_path / name], cwd=ROOT, check=True)
-    served = Path(tiled.process.args[4])  # type: ignore[call-overload, index]
+    served = Path(server.process.args[4])  # type: ignore[call-overload, index]
     for file in ("config.json", "processor_config.json", "model.safetensors"):
         assert (tmp_path / name / file).read_bytes() == (served / file).read_bytes()
-    snippet, shown = block("python", "globalcom2"), block("text", "(100, 100)")
+    snippet, shown = block("python", code_of), block("text", output_of)
     for said, here in (
-        ("http://127.0.0.1:8001", tiled.url),
+        (f"http://127.0.0.1:{port}", server.url),
         ('api_key="none"', f'api_key="{API_KEY}"'),
-        (name, MODEL),
+        (f'"{name}"', f'"{MODEL}"'),
     ):
         assert said in snippet
         snippet = snippet.replace(said, here)

@@ -67,6 +67,20 @@ def test_a_budget_is_held_exactly(tiled: Server, size: tuple[int, int]) -> None:
         assert len({answer.choices[0].message.content for answer in answers}) == 1
 
 
+def test_an_image_scaled_down(tiled: Server) -> None:
+    """The one smaller grid that a square fits has a tile, of which half is padding. Sent twice."""
+    for budget in (36, 50, 87):
+        reduction = {"method": "resize", "budget": budget}
+        for _ in range(2):
+            answer = chat(tiled, image(1, SQUARE), reduction=reduction)
+            assert reported(answer) == [("resize", budget, 88, 36)]
+            assert answer.usage.prompt_tokens_details.image_tokens == 36
+    body = {"messages": user(image(1, SQUARE)), "reduction": {"method": "resize", "budget": 35}}
+    error = post(tiled, CHAT, body).json()["error"]
+    assert error["param"] == "reduction.budget"
+    assert "at least 36, for an image of 100 x 100 pixels by resize" in error["message"]
+
+
 def test_every_image_its_own_settings(tiled: Server) -> None:
     said: list[tuple[tuple[int, int], dict[str, Any]]] = [
         (SQUARE, {"visual_token_budget": 32}),
@@ -104,8 +118,9 @@ def test_every_image_its_own_settings(tiled: Server) -> None:
 
 def test_every_allowed_method(tiled: Server) -> None:
     for method in tiled.http.get("/v1/reduction").json()["policy"]["methods"]:
-        answer = chat(tiled, image(0, TALL), reduction={"method": method, "budget": 21})
-        assert kept(answer) == [76 if method == "none" else 21]
+        budget = 40 if method == "resize" else 21
+        answer = chat(tiled, image(0, TALL), reduction={"method": method, "budget": budget})
+        assert kept(answer) == [{"none": 76, "resize": 40}.get(method, 21)]
 
 
 def test_images_of_earlier_turns_follow_the_request(tiled: Server) -> None:
@@ -353,6 +368,10 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "too few": (
         lambda p: place(reduce(p, method="topk", budget=3, options={"newlines": "all"}), 3),
         "kwargs_data.image[0].reduction.budget",
+    ),
+    "not scaled down": (
+        lambda p: reduce(p, method="resize", budget=20),
+        "kwargs_data.image[0].packed_reduction",
     ),
     "another layout": (
         lambda p: place(change(p, PACKED_FIELD, lambda _: pack(None, OTHER)), 88),

@@ -326,6 +326,9 @@ class Evidence:
             return torch.cat(
                 [self._logits(self._mean_flat(self.query, run), key)[..., 0] for run in runs], -1
             )
+        if self.unit > 1 and not self.has_cls:  # all of it goes to patches: no need to look
+            share = 1 / self.key.shape[2]
+            return torch.full((len(self.key), self._tokens), share, device=self.key.device)
         first = self._first
         rows = torch.arange(first, self.key.shape[2], device=self.key.device)[None]
         blocks = self._attend(rows, lambda p: p[..., first:].mean(-1))

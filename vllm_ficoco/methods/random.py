@@ -2,8 +2,9 @@
 """Random: keep tokens drawn by lot, the same ones whenever the same image comes.
 
 The baseline "Random Sampling" of the FiCoCo paper's tables (arXiv 2411.17686). The lot is a hash
-of the image's pixels (as the model gets them: Qwen-VL's are bytes), the option ``seed`` and the token's place, computed in integers on the
-device: the same on every machine, in every batch, and no generator state is shared by requests.
+of the image's pixels (as the model gets them: Qwen-VL's are bytes), the option ``seed`` and the
+token's place, computed in integers on the device: the same on every machine, in every batch, and no
+generator state is shared by requests.
 """
 
 from __future__ import annotations
