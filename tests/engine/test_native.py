@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,7 +22,10 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.checkpoints import NATIVE, random_qwen
 from tests.engine.conftest import Ask, Engine, make_engine, picture
+from tests.engine.test_decoder_stages import STAGED, STAGES, VISION, wish
+from tests.engine.test_decoder_stages import expected as staged
 from tests.engine.test_stage_variants import interpreted
+from tests.reference.decoder import CHOOSE
 from tests.reference.llava import one_thread
 from tests.reference.qwen import Answer, ReferenceQwen
 from vllm_ficoco.engine.positions import Offsets
@@ -346,6 +349,51 @@ def test_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # one NUMA node serves both ranks
     with made(tmp_path, "qwen2.5-vl", tensor_parallel_size=2) as (engine, reference):
         check(engine, reference, of_every_shape()[::3] + of_every_method())
+
+
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+def test_in_the_decoder(family: str, tmp_path: Path) -> None:
+    """Every method in the decoder; Qwen3-VL's first stage starts behind deepstack."""
+    stages = [2, 3, 4] if family == "qwen3-vl" else STAGES
+    checkpoint = random_qwen(tmp_path, family, decoder_layers=6)
+    options = {**STAGED, **ROOMY, "hf_overrides": {"reduction_stages": stages}}
+    with contextmanager(make_engine)(checkpoint, **options) as engine:
+        check_staged(engine, ReferenceQwen(str(checkpoint)), in_the_decoder(), stages)
+
+
+def in_the_decoder() -> list[Shown]:
+    """Methods in the decoder, before it and in both; text and unreduced images."""
+    names = ["square", "wide", "tall", "odd", "line", "column"]
+    asks = [show(), show(("wide", None))]
+    for i, method in enumerate(m for m in CHOOSE if m not in VISION):
+        one, other = names[i % 6], names[(i + 1) % 6]
+        asks.append(show((one, wish(method, 25, 12, 5))))
+        asks.append(show((other, wish(method, 22, 22, 0)), (one, wish(method, 20, 10, 3))))
+    return [
+        *asks,
+        show(("square", wish("ficoco-vl", 30, 20, 15, 8)), ("tall", to(12, "ficoco-v"))),
+        show(("square", wish("vitcop", 40, 30, 12)), ("odd", wish("vitcop", 30, 20, 9))),
+        show(("line", wish("vitcop", 30, 20, 4)), ("tiny", wish("fastv", 2))),
+        show(("wide", wish("ficoco-l", 20, 15, 10, penalty=2.0))),
+        show(("huge", wish("k-norm", 60, 30, 0)), ("square", None)),
+        show(("odd", to(9, "topk")), ("tall", to(9, "resize"))),
+    ]
+
+
+def check_staged(
+    engine: Engine, reference: ReferenceQwen, asks: Sequence[Shown], stages: Sequence[int]
+) -> None:
+    """All in one batch: tokens, first logits, and every block back."""
+    with one_thread():
+        truths = [staged(cast("Any", reference), ask, engine.block, stages) for ask in asks]
+    free = engine.free_blocks
+    for ask, truth, output in zip(asks, truths, engine.generate(asks), strict=True):
+        first, words = output.outputs[0].logprobs[0], len(truth.first_logits)
+        logits = torch.tensor([first[word].logprob for word in range(words)])
+        far = float((logits - truth.first_logits).abs().max())
+        assert far < 1e-3, f"{far} apart: {ask}"
+        assert list(output.outputs[0].token_ids) == truth.tokens, ask
+    assert engine.free_blocks == free
 
 
 SOAK = 60
