@@ -120,6 +120,8 @@ def expected(
         if method in CHOOSE:
             if method == "random-decoder":
                 options["pixels"] = reference.pixels
+            if method == "ficoco-l" and "penalty" in options:
+                options["side"] = getattr(reference, "columns", 12)
             if method == "vitcop":
                 options["spots"] = dict(zip(reference.place, reference.spots, strict=True))
             in_decoder = tokens[1:] if method in VISION else tokens
@@ -136,7 +138,7 @@ def expected(
         for stage, layer in enumerate(stages)
     }
     length = ask.sampling.get("max_tokens", NEW_TOKENS)
-    return answer(reference.model, embeds, places, keep, choose, grid, length)
+    return answer(reference.model, embeds, places, keep, choose, grid, length, **reference.beside)
 
 
 def chosen_at(method: str, options: dict[str, object], layer: int) -> Choose:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,7 +22,10 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.checkpoints import NATIVE, random_qwen
 from tests.engine.conftest import Ask, Engine, make_engine, picture
+from tests.engine.test_decoder_stages import STAGED, STAGES, VISION, wish
+from tests.engine.test_decoder_stages import expected as staged
 from tests.engine.test_stage_variants import interpreted
+from tests.reference.decoder import CHOOSE
 from tests.reference.llava import one_thread
 from tests.reference.qwen import Answer, ReferenceQwen
 from vllm_ficoco.engine.positions import Offsets
@@ -67,13 +70,16 @@ class Shown(Ask):
     """Of a video before the images; none if 0."""
     ends: bool = False
     """With the last image's last token."""
+    before: int = 0
+    """Words before the images."""
 
     @property
     def prompt(self) -> str:
         shown = ["<|vision_start|> <|image_pad|> <|vision_end|>"] * len(self.images)
         if self.frames:
             shown.insert(0, "<|vision_start|> <|video_pad|> <|vision_end|>")
-        whole = " ".join(["USER:", *shown, self.question, "ASSISTANT:"])
+        words = ["star"] * self.before
+        whole = " ".join(["USER:", *words, *shown, self.question, "ASSISTANT:"])
         return whole[: whole.rindex(" <|vision_end|>")] if self.ends else whole
 
     @property
@@ -124,7 +130,7 @@ def of_every_shape() -> list[Shown]:
     return [
         show(question="how many are there ?"),
         *(show((size, None)) for size in ("square", "odd", "line", "tiny", "huge")),
-        *(show((size, to(3, "topk"))) for size in SIZES),
+        *(show((size, to(3, "topk")), before=28) for size in SIZES),  # astride of two KV blocks
         show(("square", to(1, "uniform")), ("square", to(1, "uniform")), ("tiny", None)),
         show(("odd", to(1000, "topk"))),
         show(("wide", to(20, "ficoco-v")), ("tall", None)),
@@ -147,7 +153,7 @@ def of_every_method() -> list[Shown]:
     asks, names = [], [*SIZES]
     for i, method in enumerate(REDUCING):
         asks.append(show((names[i % 6], to(11, method))))
-        asks.append(show((names[(i + 3) % 6], to(25, method))))
+        asks.append(show((names[(i + 3) % 6], to(25, method)), before=20))
     return [
         *asks,
         show(("square", to(21, "ficoco-v", attention="probabilities", normalise=False))),
@@ -343,6 +349,51 @@ def test_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # one NUMA node serves both ranks
     with made(tmp_path, "qwen2.5-vl", tensor_parallel_size=2) as (engine, reference):
         check(engine, reference, of_every_shape()[::3] + of_every_method())
+
+
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+def test_in_the_decoder(family: str, tmp_path: Path) -> None:
+    """Every method in the decoder; Qwen3-VL's first stage starts behind deepstack."""
+    stages = [2, 3, 4] if family == "qwen3-vl" else STAGES
+    checkpoint = random_qwen(tmp_path, family, decoder_layers=6)
+    options = {**STAGED, **ROOMY, "hf_overrides": {"reduction_stages": stages}}
+    with contextmanager(make_engine)(checkpoint, **options) as engine:
+        check_staged(engine, ReferenceQwen(str(checkpoint)), in_the_decoder(), stages)
+
+
+def in_the_decoder() -> list[Shown]:
+    """Methods in the decoder, before it and in both; text and unreduced images."""
+    names = ["square", "wide", "tall", "odd", "line", "column"]
+    asks = [show(), show(("wide", None))]
+    for i, method in enumerate(m for m in CHOOSE if m not in VISION):
+        one, other = names[i % 6], names[(i + 1) % 6]
+        asks.append(show((one, wish(method, 25, 12, 5))))
+        asks.append(show((other, wish(method, 22, 22, 0)), (one, wish(method, 20, 10, 3))))
+    return [
+        *asks,
+        show(("square", wish("ficoco-vl", 30, 20, 15, 8)), ("tall", to(12, "ficoco-v"))),
+        show(("square", wish("vitcop", 40, 30, 12)), ("odd", wish("vitcop", 30, 20, 9))),
+        show(("line", wish("vitcop", 30, 20, 4)), ("tiny", wish("fastv", 2))),
+        show(("wide", wish("ficoco-l", 20, 15, 10, penalty=2.0))),
+        show(("huge", wish("k-norm", 60, 30, 0)), ("square", None)),
+        show(("odd", to(9, "topk")), ("tall", to(9, "resize"))),
+    ]
+
+
+def check_staged(
+    engine: Engine, reference: ReferenceQwen, asks: Sequence[Shown], stages: Sequence[int]
+) -> None:
+    """All in one batch: tokens, first logits, and every block back."""
+    with one_thread():
+        truths = [staged(cast("Any", reference), ask, engine.block, stages) for ask in asks]
+    free = engine.free_blocks
+    for ask, truth, output in zip(asks, truths, engine.generate(asks), strict=True):
+        first, words = output.outputs[0].logprobs[0], len(truth.first_logits)
+        logits = torch.tensor([first[word].logprob for word in range(words)])
+        far = float((logits - truth.first_logits).abs().max())
+        assert far < 1e-3, f"{far} apart: {ask}"
+        assert list(output.outputs[0].token_ids) == truth.tokens, ask
+    assert engine.free_blocks == free
 
 
 SOAK = 60

@@ -251,17 +251,21 @@ def answer(
     choose: Sequence[Callable[[int], Choose] | None],
     places: Sequence[list[int]],
     new_tokens: int,
+    turns: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Answer:
     """Greedy generation.
 
     Args:
-        model: Hugging Face's LLaVA, of any family.
+        model: Hugging Face's LLaVA or Qwen-VL, of any family.
         embeds: (T, D), the prompt with its images.
         images: start and end of each.
         keep: by layer, tokens of each image that stay from there on.
         choose: by layer, the method of each image; None leaves it whole.
         places: of each image's tokens on its grid.
         new_tokens: how many to make.
+        turns: (3, T and more) positions of three rows, where they are not those in the prompt.
+        levels: (T, levels * D) what is added to the prompt behind each of the first layers.
     """
     decoder = model.model.language_model
     config = decoder.config
@@ -276,10 +280,15 @@ def answer(
 
             def project(x: Tensor, position: list[int], layer=layer) -> tuple[Tensor, ...]:
                 y, attention = layer.input_layernorm(x), layer.self_attn
-                turn = decoder.rotary_emb(y[None], torch.tensor(position)[None])
-                cosine, sine = (part[0][:, None] for part in turn)
-                query = rotate(attention.q_proj(y).view(-1, heads, size), cosine, sine)
-                key = rotate(attention.k_proj(y).view(-1, groups, size), cosine, sine)
+                where = torch.tensor(position)[None]
+                if turns is not None:
+                    where = turns[:, position][:, None]
+                cosine, sine = (p[0][:, None] for p in decoder.rotary_emb(y[None], where))
+                query = attention.q_proj(y).view(-1, heads, size)
+                key = attention.k_proj(y).view(-1, groups, size)
+                if hasattr(attention, "q_norm"):
+                    query, key = attention.q_norm(query), attention.k_norm(key)
+                query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
                 return query, key, attention.v_proj(y).view(-1, groups, size)
 
             if number in keep and len(x) > 1:
@@ -325,6 +334,9 @@ def answer(
             mixed = torch.einsum("hqk,khd->qhd", shares, value).flatten(1)
             x = x + layer.self_attn.o_proj(mixed)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
+            if levels is not None and position[-1] < len(levels):
+                own = levels[position, number * x.shape[1] : (number + 1) * x.shape[1]]
+                x = x + own if own.shape[1] else x
         return model.lm_head(decoder.norm(x[-1]))
 
     first = logits = forward(embeds, list(range(len(embeds))))

@@ -116,6 +116,9 @@ class ReferenceTower:
 class ReferenceLlava:
     """A checkpoint in float32 that answers with a reduction of each image."""
 
+    beside: dict[str, Tensor] = {}
+    """What goes with the embeddings of a prompt, for :func:`tests.reference.decoder.answer`."""
+
     def __init__(self, path: str) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager"

@@ -70,6 +70,7 @@ class ReferenceQwen:
         vision = self.model.config.vision_config
         self.unit = vision.patch_size * vision.spatial_merge_size
         self.levels = len(getattr(vision, "deepstack_visual_indexes", ()))
+        self.shown: list[tuple[list[int], tuple[int, int]]] = []
 
     def _watched(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **more: Any
@@ -168,6 +169,61 @@ class ReferenceQwen:
         )  # fmt: skip
         assert places == sorted(places) and len(places) == budget
         return rows, places
+
+    # --- For a decoder in which tokens leave, tests.reference.decoder ----------------------------
+
+    def visual_tokens(
+        self,
+        image: Pictures.Image,
+        method: str = "none",
+        budget: int = 0,
+        options: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """(kept, D * (1 + levels)); ``self.place``, ``spots`` and ``pixels`` as LLaVA's reference,
+        and ``self.columns`` of its grid."""
+        seen = self.see(image, {})
+        tokens, self.place = self.reduced(seen, method, budget, options or {})
+        rows, self.columns = seen.grid
+        self.spots = [
+            (p // self.columns / rows, p % self.columns / self.columns) for p in self.place
+        ]
+        self.pixels = seen.pixels
+        self.shown.append((self.place, seen.grid))
+        return tokens
+
+    @torch.no_grad()
+    def embed(self, prompt: str, visual: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """The prompt, (T, D), and where its images begin and end: those that were last shown.
+
+        ``self.beside`` then has their positions and what deepstack adds.
+        """
+        shown, self.shown = self.shown, []
+        token, sides = self.model.config.image_token_id, iter(shown)
+        whole: list[int] = []
+        for number in self.processor.tokenizer(prompt)["input_ids"]:
+            whole += [number] * (math.prod(next(sides)[1]) if number == token else 1)
+        ids = torch.tensor([whole])
+        grids = torch.tensor([[1, 2 * rows, 2 * columns] for _, (rows, columns) in shown])
+        turns = torch.arange(len(whole)).expand(3, -1)
+        if shown:
+            turns = self.model.model.get_rope_index(
+                ids, mm_token_type_ids=(ids == token).int(), image_grid_thw=grids
+            )[0][:, 0]
+        later = turns.max() + 1 + torch.arange(64).expand(3, -1)
+        embeds = self.model.get_input_embeddings()(ids[0])
+        width = embeds.shape[1]
+        levels = torch.zeros(len(whole), self.levels * width)
+        stays, where = torch.ones(len(whole), dtype=torch.bool), (ids[0] == token).nonzero()[:, 0]
+        parts = []
+        for (places, grid), tokens in zip(shown, visual, strict=True):
+            own, where = where[: math.prod(grid)], where[math.prod(grid) :]
+            stays[own] = False
+            stays[own[places]] = True
+            embeds[own[places]], levels[own[places]] = tokens[:, :width], tokens[:, width:]
+            start = int(stays[: own[0]].sum())
+            parts.append((start, start + len(tokens)))
+        self.beside = {"turns": torch.cat([turns[:, stays], later], 1), "levels": levels[stays]}
+        return embeds[stays], parts
 
     # --- Prompts --------------------------------------------------------------------------------
 
