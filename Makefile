@@ -62,7 +62,7 @@ types: $(INSTALLED) ## Check types
 	$(BIN)/mypy
 
 fast-test: $(INSTALLED) ## Run the tests that start neither an engine nor a server
-	$(BIN)/python -m pytest -m "not engine and not server"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not engine and not server"
 
 clean: ## Remove caches and build products (not the environment, .venv)
 	rm -rf build dist reports .mypy_cache .pytest_cache .ruff_cache .coverage
