@@ -15,11 +15,15 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from vllm.config import ModelConfig
 from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import (
     decode_mm_kwargs_item,
     encode_mm_kwargs_item,
 )
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.plugins import load_general_plugins
 
+from tests.checkpoints import random_qwen
 from tests.server.conftest import MODEL, Server, image, input_image, turn, user, value
 from tests.server.test_http import chat, kept, respond
 from tests.server.test_refusals import post
@@ -156,6 +160,15 @@ def test_about_reduction(native: Server) -> None:
     assert about["model"]["visual_tokens"] == MOST
     assert about["model"]["has_cls"] is False
     assert about["defaults"]["detail"] == {"low": "N / 9", "high": None}
+
+
+def test_the_largest_image_follows_the_servers_own_options(tmp_path: Path) -> None:
+    load_general_plugins()
+    model = random_qwen(tmp_path / "model", "qwen2.5-vl")
+    for kwargs, most in ({}, MOST), ({"max_pixels": 30 * 784}, 30):
+        config = ModelConfig(model=str(model), mm_processor_kwargs=kwargs)
+        processor: Any = MULTIMODAL_REGISTRY.create_processor(config)
+        assert processor.largest_layout.tokens == most
 
 
 def test_an_image_by_its_uuid(native: Server) -> None:
