@@ -752,7 +752,7 @@ def test_memory_does_not_grow_with_the_image(
         drawn(n * UNIT, 24),
         unit=UNIT,
     )
-    tokens = Tokens.of(drawn(n, 64))
+    tokens = Tokens.of(drawn(n, 512))
     ample = reduce(row, options, tokens, evidence, keep)
     memory = 2**17
     for module in (paradigm, random):
@@ -763,6 +763,38 @@ def test_memory_does_not_grow_with_the_image(
     assert held.most < 3 * memory + histograms + sum(x.nbytes for x in left.tensors)
     assert torch.equal(left.position, ample.position)
     torch.testing.assert_close(left.hidden, ample.hidden, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+@pytest.mark.parametrize(("has_cls", "unit"), [(True, 1), (False, 1), (False, UNIT)])
+@pytest.mark.parametrize(("batch", "grid"), [(40, (5, 6)), (1, (14, 15))], ids=str)
+def test_memory_of_evidence(
+    batch: int,
+    grid: tuple[int, int],
+    has_cls: bool,
+    unit: int,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every piece by itself, as methods ask for it that compare the tiles of an image."""
+    n, memory = grid[0] * grid[1], 2**15
+    evidence = evidence_at(0, grid, n, batch, has_cls, torch.bfloat16, unit)
+    source, target = torch.arange(n).expand(batch, -1).split([n // 2, n - n // 2], 1)
+    looks = {
+        "of cls": lambda e: e.attention_of_cls(kind),
+        "received": lambda e: e.attention_received(kind),
+        "given": lambda e: e.attention_given(kind),
+        "between": lambda e: e.attention_between(source, target, kind),
+        "keys": lambda e: e.mean_keys,
+    }
+    ample = {name: look(replace(evidence)) for name, look in looks.items()}
+    monkeypatch.setattr(paradigm, "EVIDENCE_BYTES", memory)
+    for name, look in looks.items():
+        with Held() as held:
+            got = look(replace(evidence))
+        # What comes out is put together of its blocks.
+        assert held.most < 3 * memory + 3 * got.nbytes, name
+        torch.testing.assert_close(got, ample[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("row", "options"), VARIANTS)

@@ -107,14 +107,22 @@ class ReferenceQwen:
         rows, columns = self.grid_of(*image.size, options)
         if rows * columns <= budget:
             return image
-        sizes = [(r, max(1, round(columns * r / rows))) for r in range(1, rows + 1)]
-        sizes += [(max(1, round(rows * c / columns)), c) for c in range(1, columns + 1)]
+        sizes = []
+        for step in (math.floor, math.ceil):
+            sizes += [(r, max(1, step(columns * r / rows))) for r in range(1, rows + 1)]
+            sizes += [(max(1, step(rows * c / columns)), c) for c in range(1, columns + 1)]
+
+        def bent(row: int, column: int) -> float:
+            return abs(math.log(row / column) - math.log(rows / columns))
+
         within = [
             (r, c)
             for r, c in sizes
             if math.prod(self.grid_of(c * self.unit, r * self.unit, options)) <= budget
         ]
-        row, column = min(within, key=lambda size: (-size[0] * size[1], size))
+        row, column = min(
+            within, key=lambda size: (-size[0] * size[1], round(bent(*size), 9), size)
+        )
         return image.resize((column * self.unit, row * self.unit), Pictures.Resampling.BICUBIC)
 
     @torch.no_grad()

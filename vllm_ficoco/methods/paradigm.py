@@ -292,13 +292,13 @@ class Evidence:
     def attention_received(self, kind: AttentionKind = "probabilities") -> Tensor:
         """(B, n): attention that a token receives, mean over the patches that give and heads.
 
-        Probabilities are quadratic in patches: in float32 1.8 % of a Qwen2.5-VL-7B tower's time for
-        an image of 1,296 tokens (5,184 patches), 15 % for 4,096 tokens. So of a tower that merges
-        patches those of at most :data:`SAMPLED` tokens are asked, the middles of as many windows of
-        the grid: 0.2 to 0.9 % up to 16,384 tokens, on one CPU thread. Of our own model, its [CLS]
-        left out, Top-K answers 500 questions as well when a quarter or a ninth of the tokens are
-        asked as when all are (54.6 and 53.6 % at a budget of 36, 54.2 % with all); by logits, which
-        cost next to nothing, worse (43.0 %).
+        Probabilities are quadratic in patches: in float32 some 2 % of the time of a Qwen2.5-VL-7B
+        tower at 1,296 tokens (5,184 patches), some 15 % at 4,096 tokens. So of a tower
+        that merges patches those of at most :data:`SAMPLED` tokens are asked, the middles of as
+        many windows of the grid: 0.4 to 1.1 % from 256 to 16,384 tokens, on one CPU thread. Of our
+        own model, its [CLS] left out, Top-K answers 500 questions as well when a quarter or a ninth
+        of the tokens are asked as when all are (54.6 and 53.6 % at a budget of 36, 54.2 % with
+        all); by logits, which cost next to nothing, worse (43.0 %).
         """
         if kind == "logits":
             query = self._mean_of_all(self.query)

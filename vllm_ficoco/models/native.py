@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -67,11 +68,9 @@ class NativeProcessor(ReducingProcessor):
     def smaller_sizes(
         self, width: int, height: int, kwargs: Mapping[str, object] | None
     ) -> Iterator[ImageSize]:
-        """Of whole tokens, as nearly of the image's shape as those allow."""
+        """Of whole tokens: one side any number of them, the other the next ones to its shape."""
         rows, columns = self.layout_of(width, height, kwargs).grid
-        grids = {(row, max(1, round(columns * row / rows))) for row in range(1, rows + 1)}
-        grids |= {(max(1, round(rows * c / columns)), c) for c in range(1, columns + 1)}
-        for row, column in sorted(grids, key=lambda grid: (-grid[0] * grid[1], grid)):
+        for row, column in _smaller_grids(rows, columns):
             yield ImageSize(width=column * self._unit, height=row * self._unit)
 
     def check_embeddings(self, images: Any) -> None:
@@ -153,6 +152,24 @@ class NativeProcessor(ReducingProcessor):
                 "larger budget.",
                 parameter="visual_token_budget",
             )
+
+
+@lru_cache(maxsize=1024)
+def _smaller_grids(rows: int, columns: int) -> list[tuple[int, int]]:
+    """Those with most places first, among equals those nearest to the shape of the grid."""
+    grids = set()
+    for row in range(1, rows + 1):
+        down, up = columns * row // rows, -(-columns * row // rows)
+        grids |= {(row, max(1, down)), (row, up)}
+    for column in range(1, columns + 1):
+        down, up = rows * column // columns, -(-rows * column // columns)
+        grids |= {(max(1, down), column), (up, column)}
+
+    def order(grid: tuple[int, int]) -> tuple[int, Fraction, tuple[int, int]]:
+        shape = Fraction(grid[0] * columns, grid[1] * rows)
+        return -grid[0] * grid[1], max(shape, 1 / shape), grid
+
+    return sorted(grids, key=order)
 
 
 def _size_of(
