@@ -181,12 +181,11 @@ class ReferenceQwen:
     ) -> Tensor:
         """(kept, D * (1 + levels)); ``self.place``, ``spots`` and ``pixels`` as LLaVA's reference,
         and ``self.columns`` of its grid."""
-        seen = self.see(image, {})
+        seen = self.see(self.scaled(image, budget, {}) if method == "resize" else image, {})
         tokens, self.place = self.reduced(seen, method, budget, options or {})
         rows, self.columns = seen.grid
-        self.spots = [
-            (p // self.columns / rows, p % self.columns / self.columns) for p in self.place
-        ]
+        where = (divmod(place, self.columns) for place in self.place)
+        self.spots = [(row / rows, column / self.columns) for row, column in where]
         self.pixels = seen.pixels
         self.shown.append((self.place, seen.grid))
         return tokens
