@@ -22,7 +22,7 @@ from vllm_ficoco.cost import Decoder, mlp_width, prefill_flops_ratio
 from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.engine.gaps import Run, held_of
 from vllm_ficoco.methods import METHODS
-from vllm_ficoco.models.processing import COUNTS_KEY, RefusedImage
+from vllm_ficoco.models.processing import COUNTS_KEY, RefusedImage, RefusedPositions
 from vllm_ficoco.plugin import MODELS
 from vllm_ficoco.settings import NO_REDUCTION, Reduction, SettingsError, ShareOfTokens
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
@@ -136,7 +136,7 @@ class Reducer:
             raise _refusal(request, error) from None
 
     @staticmethod
-    def too_far(request: ReductionFields, refused: VLLMValidationError) -> VLLMValidationError:
+    def too_far(request: ReductionFields, refused: RefusedPositions) -> VLLMValidationError:
         """What the processor says of positions that the model has not, where its images stand."""
         request._seen.method = INVALID
         return VLLMValidationError(str(refused.args[0]), parameter=request.turns)

@@ -26,7 +26,7 @@ from ficoco_server.metrics import INVALID, REQUESTS
 from ficoco_server.reducer import Reducer
 from ficoco_server.resolve import Level, fit, settled
 from vllm_ficoco.engine.checks import needs_whole_prompt
-from vllm_ficoco.models.processing import tokens_by_hash
+from vllm_ficoco.models.processing import RefusedPositions, tokens_by_hash
 from vllm_ficoco.packed import PACKED_FIELD, Packed, unpack
 from vllm_ficoco.settings import REDUCTION_KEY, Reduction, SettingsError
 from vllm_ficoco.vision.layout import Layout
@@ -99,8 +99,8 @@ def check_features(request: Any, reducer: Reducer) -> None:
         images.append(due.packed)
     if geometry.is_native:
         try:
-            reducer.processor._refuse_far(images)
-        except VLLMValidationError as refused:
+            reducer.processor.refuse_far(images)
+        except RefusedPositions as refused:
             raise VLLMValidationError(str(refused.args[0]), parameter="features") from None
 
 

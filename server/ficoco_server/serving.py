@@ -32,8 +32,8 @@ from ficoco_server.reducer import Reducer
 from ficoco_server.scale_out import ReductionTokens
 from ficoco_server.sent import remember_what_is_sent
 from vllm_ficoco.engine.checks import SCHEDULER
-from vllm_ficoco.models.processing import RefusedImage
-from vllm_ficoco.settings import BUDGET_KEY, REDUCTION_KEY, SettingsError
+from vllm_ficoco.models.processing import RefusedImage, RefusedPositions
+from vllm_ficoco.settings import REDUCTION_KEY, SettingsError
 from vllm_ficoco.vision.geometry import STAGES_KEY
 
 T = TypeVar("T")
@@ -130,9 +130,7 @@ class ReductionRenderer(OnlineRenderer):
             rendered = await render(request, messages, *args, **kwargs)
         except RefusedImage as refused:
             raise self.reducer.refused(request, refused) from None
-        except VLLMValidationError as refused:
-            if refused.parameter != BUDGET_KEY:
-                raise
+        except RefusedPositions as refused:
             raise self.reducer.too_far(request, refused) from None
         except AssertionError as error:  # vLLM has not found an image's place in the prompt
             cut = _cut_off(request) if settings else None

@@ -26,7 +26,7 @@ from vllm_ficoco.engine.checks import check_positions
 from vllm_ficoco.engine.positions import Offsets, enlarge_table, shortened, table_size
 from vllm_ficoco.engine.visual import VisualTokens
 from vllm_ficoco.models.config import ENCODER_TOKENS_KEY
-from vllm_ficoco.models.processing import COUNTS_KEY, ReducingProcessor
+from vllm_ficoco.models.processing import COUNTS_KEY, ReducingProcessor, RefusedPositions
 from vllm_ficoco.models.reducing import ReducingModel
 from vllm_ficoco.packed import PACKED_FIELD, Packed, unpack
 from vllm_ficoco.vision.geometry import Geometry
@@ -107,12 +107,12 @@ class NativeProcessor(ReducingProcessor):
         """As its base's.
 
         Raises:
-            VLLMValidationError: an image is too large for the tower, or the prompt's images would
-                take positions that the model has not.
+            VLLMValidationError: an image is too large for the tower.
+            RefusedPositions: the prompt's images would take positions that the model has not.
         """
         made = super().apply(inputs, timing_ctx)
         self._refuse_large(made[COUNTS_KEY])
-        self._refuse_far(made[COUNTS_KEY])
+        self.refuse_far(made[COUNTS_KEY])
         return made
 
     def _refuse_large(self, images: Sequence[Packed]) -> None:
@@ -131,11 +131,14 @@ class NativeProcessor(ReducingProcessor):
                     parameter="mm_processor_kwargs",
                 )
 
-    def _refuse_far(self, images: Sequence[Packed]) -> None:
+    def refuse_far(self, images: Sequence[Packed]) -> None:
         """An image takes as many positions as the larger side of its grid, however little stays.
 
         A position behind the end of the rotary table ends the engine, so what may follow the prompt
         is counted with it.
+
+        Raises:
+            RefusedPositions: the prompt comes too near.
         """
         beyond = 0
         for packed in images:
@@ -145,7 +148,7 @@ class NativeProcessor(ReducingProcessor):
         model = self.info.ctx.model_config
         table = table_size(model.hf_text_config)
         if beyond and model.max_model_len + beyond > table:
-            raise VLLMValidationError(
+            raise RefusedPositions(
                 f"The images of this prompt take {beyond} positions more than they keep tokens, "
                 f"and this model has {max(0, table - model.max_model_len)} to spare ({table}, less "
                 f"{model.max_model_len} of the context): send fewer images, or give long ones a "

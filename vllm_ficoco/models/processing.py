@@ -109,6 +109,10 @@ class RefusedImage(VLLMValidationError):
         super().__init__(str(full), parameter=field)
 
 
+class RefusedPositions(VLLMValidationError):
+    """A prompt whose images would take positions that the model has not; vLLM answers with a 400."""
+
+
 class CountedDetails(PromptUpdateDetails):
     """An image's placeholders, and what was settled for it. vLLM keeps these objects beside its
     processor cache, so that an image that is found there has them, too."""
