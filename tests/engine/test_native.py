@@ -261,7 +261,7 @@ def test_without_the_offsets_it_would_be_wrong(
     """
     if served.engine.asynchronous:
         pytest.skip("takes long in Triton's interpreter")
-    monkeypatch.setattr(Offsets, "add_to", lambda *_: None)
+    monkeypatch.setattr(Offsets, "add", lambda *_: None)
     reduced = [show((size, to(20, "topk"))) for size in ("square", "wide", "tall")]
     plain = [show(("square", None)), show()]
     forget(served.engine)
@@ -272,6 +272,15 @@ def test_without_the_offsets_it_would_be_wrong(
         logits = [made.logprobs[0][word].logprob for word in range(len(truth.first_logits))]
         far = float((torch.tensor(logits) - truth.first_logits).abs().max())
         assert far > 0.05 if ask in reduced else far < 1e-3, ask
+
+
+def test_positions_are_right_before_the_model_runs(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a CUDA graph of the whole model is replayed, nothing of it runs that could add."""
+    monkeypatch.setattr(Offsets, "before_run", lambda *_: None)
+    reduced = [show((size, to(20, "topk"))) for size in ("square", "wide")]
+    check(served.engine, served.reference, reduced)
 
 
 def test_unreduced_is_bit_identical_to_vllm(

@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_ficoco.engine.visual import VisualTokens
 from vllm_ficoco.methods.paradigm import on_device
@@ -105,11 +107,22 @@ def shortened(
 
 
 class Offsets:
-    """What a coming forward pass has to add to its positions."""
+    """What a step has to add to its positions, in the runner's buffer of them.
+
+    It must be there before the model runs: a step in which every request has one row, be it the
+    last one of a prompt, replays a CUDA graph of the whole model, and no code of the model. Model
+    Runner V1 has filled the buffer when it asks for embeddings, so that is when it is added; V2
+    fills it later, and calls :class:`PlacedState` then.
+    """
 
     def __init__(self) -> None:
         self._rows: list[int] = []
         self._offsets: list[Tensor] = []
+        self.buffer: Tensor | None = None
+        """(3, rows) V1's buffer, known since its first run; which is of as many rows as any."""
+        self.filled_later = False
+        """Whether the buffer is filled behind :meth:`note` (V2)."""
+        self._added = False
 
     def note(self, embeddings: Sequence[Tensor], is_visual: Tensor | None) -> None:
         """Notes which rows are tokens of reduced images, and where those stand.
@@ -130,16 +143,48 @@ class Offsets:
                 self._rows += rows[first : first + len(tokens)]
                 self._offsets.append(tokens.offsets)
             first += len(tokens)
+        if self.buffer is not None:
+            self.add(self.buffer)
+            self._added = True
 
-    def add_to(self, positions: Tensor) -> None:
-        """Adds them to (3, rows) positions, once.
+    def before_run(self, positions: Tensor) -> None:
+        """Sees to it that the positions of a run have what was noted.
 
-        In place: it is the runner's buffer, which it fills anew in every step and whose address
-        piecewise CUDA graphs have taken down.
+        Args:
+            positions: (3, rows), of the runner's buffer.
+
+        Raises:
+            RuntimeError: they are of another buffer than they were.
         """
+        if self.buffer is None or positions.shape[1] > self.buffer.shape[1]:
+            self.buffer = None if self.filled_later else positions
+        elif self._added and positions.data_ptr() != self.buffer.data_ptr():
+            raise RuntimeError("vLLM has moved its positions: a reduced image's would be wrong")
+        self._added = False
+        self.add(positions)
+
+    def add(self, positions: Tensor) -> None:
+        """Adds what was noted to (3, rows) positions in place, once."""
         if not self._offsets:
             return
         rows = on_device(self._rows, positions.device)
         offsets = torch.cat(self._offsets).T.to(positions.dtype)
         positions[1:].index_add_(1, rows, offsets)
         self._rows, self._offsets = [], []
+
+
+class PlacedState(DefaultModelState):
+    """Model Runner V2's state of a model whose reduced images have places."""
+
+    def __init__(self, vllm_config: VllmConfig, model: Any, *args: Any) -> None:
+        super().__init__(vllm_config, model, *args)
+        self.offsets: Offsets = model.offsets
+        self.offsets.filled_later = True
+
+    def prepare_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Tensor | None]:
+        """As vLLM's, which fills the buffer; then the places are added."""
+        inputs = super().prepare_inputs(*args, **kwargs)
+        positions = inputs["positions"]
+        assert positions is not None
+        self.offsets.add(positions)
+        return inputs

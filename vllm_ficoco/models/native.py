@@ -23,7 +23,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.sequence import IntermediateTensors
 
 from vllm_ficoco.engine.checks import check_positions
-from vllm_ficoco.engine.positions import Offsets, enlarge_table, shortened, table_size
+from vllm_ficoco.engine.positions import Offsets, PlacedState, enlarge_table, shortened, table_size
 from vllm_ficoco.engine.visual import VisualTokens
 from vllm_ficoco.models.config import ENCODER_TOKENS_KEY
 from vllm_ficoco.models.processing import COUNTS_KEY, ReducingProcessor, RefusedPositions
@@ -290,6 +290,11 @@ class NativeModel(ReducingModel):
             )
         return tokens
 
+    @staticmethod
+    def get_model_state_cls() -> type[PlacedState]:
+        """For Model Runner V2."""
+        return PlacedState
+
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[Tensor, int]:
@@ -308,7 +313,7 @@ class NativeModel(ReducingModel):
         *,
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
-        """As its base's; the places of reduced images' tokens are noted for :meth:`forward`."""
+        """As its base's; the places of reduced images' tokens are noted for their positions."""
         embeddings: Any = multimodal_embeddings if multimodal_embeddings is not None else ()
         self.offsets.note(embeddings, is_multimodal)
         if self.staged_decoder is None and embeddings:
@@ -325,5 +330,5 @@ class NativeModel(ReducingModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor | IntermediateTensors:
-        self.offsets.add_to(positions)
+        self.offsets.before_run(positions)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)

@@ -110,7 +110,7 @@ class RefusedImage(VLLMValidationError):
 
 
 class RefusedPositions(VLLMValidationError):
-    """A prompt whose images would take positions that the model has not; vLLM answers with a 400."""
+    """A prompt whose images would take positions that the model has not; a 400."""
 
 
 class CountedDetails(PromptUpdateDetails):
