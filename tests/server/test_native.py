@@ -449,7 +449,7 @@ def test_other_routes(native: Server) -> None:
 # --- Embeddings -------------------------------------------------------------------------------
 
 
-def embedded(rows: int, grid: list[int]) -> dict[str, Any]:
+def embedded(rows: int, grid: list[Any]) -> dict[str, Any]:
     """An image as embeddings."""
 
     def saved(tensor: torch.Tensor) -> str:
@@ -467,9 +467,10 @@ def test_embeddings_of_an_image(native: Server) -> None:
     body = {"messages": user(embedded(16, [1, 8, 8])), "visual_token_budget": 5}
     refused = post(native, CHAT, body)
     assert refused.status_code == 400 and "left out for image_embeds" in refused.text
-    for wrong in embedded(12, [1, 8, 8]), embedded(1, [1, 1, 4]):
-        refused = post(native, CHAT, {"messages": user(wrong)})
-        assert refused.status_code == 400, "vLLM would look for the rows of its grid in vain"
+    grids = ([1, 8, 8], [1, 1, 4], [1, -6, -8], [-1, -6, 8], [3, 2, 8], [1, 48], [1.0, 6.0, 8.0])
+    for wrong in grids:
+        refused = post(native, CHAT, {"messages": user(embedded(12, wrong))})
+        assert refused.status_code == 400, "it would end the engine"
         assert refused.json()["error"]["param"] == "image_embeds"
 
 

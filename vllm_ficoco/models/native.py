@@ -80,11 +80,14 @@ class NativeProcessor(ReducingProcessor):
             if given.get("image_embeds") is None:
                 continue  # they come another way
             grid, merge = given["image_grid_thw"].tolist(), self._merge
-            rows, due = len(given["image_embeds"]), math.prod(grid) // merge**2
-            if not due or rows != due or grid[1] % merge or grid[2] % merge:
+            rows = len(given["image_embeds"])
+            whole = len(grid) == 3 and all(type(n) is int and n > 0 for n in grid)
+            fits = whole and grid[0] == 1 and not grid[1] % merge and not grid[2] % merge
+            if not fits or rows != math.prod(grid) // merge**2:
                 raise VLLMValidationError(
                     f"Image {image} comes as embeddings of {rows} rows with image_grid_thw {grid}: "
-                    f"sides must be multiples of {merge}, and rows a {merge**2}th of their product",
+                    f"that must be 1 and two sides, multiples of {merge}, and rows a {merge**2}th "
+                    "of their product",
                     parameter="image_embeds",
                 )
 
