@@ -487,6 +487,9 @@ def soak(engine: Engine, count: int) -> None:
     assert engine.free_blocks == free
 
 
+BOTH = "(every_shape or right_before) and qwen2.5"
+
+
 def test_on_the_other_model_runner() -> None:
     """Model Runner V2 with asynchronous scheduling, its kernels in Triton's interpreter."""
     run = interpreted(

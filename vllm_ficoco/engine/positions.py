@@ -119,7 +119,7 @@ class Offsets:
         self._rows: list[int] = []
         self._offsets: list[Tensor] = []
         self.buffer: Tensor | None = None
-        """(3, rows) V1's buffer, known since its first run: graphs are captured before any request."""
+        """(3, rows) V1's, known since its first run; graphs are captured before any request."""
         self.filled_later = False
         """Whether the buffer is filled behind :meth:`note` (V2)."""
         self._added = False
