@@ -184,6 +184,7 @@ def _qwen(folder: Path, vision: dict[str, int], text: dict[str, int]) -> Path:
     tokenizer.chat_template = (SHIPPED / "chat_template.jinja").read_text()
     tokenizer.chat_template = tokenizer.chat_template.replace(LLAVA.image, QWEN.image)
     tokenizer.save_pretrained(folder)
+    step = vision["depth"] // 4
     config = Qwen2_5_VLConfig(
         vision_config={
             **vision,
@@ -191,7 +192,7 @@ def _qwen(folder: Path, vision: dict[str, int], text: dict[str, int]) -> Path:
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
+            "fullatt_block_indexes": [*range(step - 1, vision["depth"], step)],
         },
         text_config={
             **text,

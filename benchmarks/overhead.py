@@ -2,6 +2,7 @@
 """What the plugin costs: against vLLM without it, and against the vision tower.
 
     python benchmarks/overhead.py off     # reduction off: requests through stock vLLM and ours
+    python benchmarks/overhead.py off --native    # the same, a tiny Qwen2.5-VL
     python benchmarks/overhead.py tower   # the tower with each method, beside vLLM's own
     python benchmarks/overhead.py stages  # decode steps with decoder stages that nobody uses
     python benchmarks/overhead.py images  # a stream while a prompt of many reduced images comes
@@ -27,6 +28,8 @@ from typing import Any
 
 from engines import (
     CLIP_L,
+    LLAVA,
+    QWEN,
     SHIPPED,
     Child,
     checkpoint,
@@ -56,15 +59,17 @@ def engine(model: Path, **options: Any) -> Any:
     )
 
 
-def batch_child() -> None:
-    """Serves a batch of requests for every seed it reads."""
+def batch_child(folder: str | None) -> None:
+    """Serves a batch of requests for every seed it reads, by the shipped model or a Qwen2.5-VL."""
     from vllm import SamplingParams
 
-    llm = engine(SHIPPED, dtype="float32", max_num_seqs=REQUESTS)
+    options: dict[str, Any] = {"load_format": "dummy"} if folder else {}
+    llm = engine(Path(folder or SHIPPED), dtype="float32", max_num_seqs=REQUESTS, **options)
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    image = QWEN.image if folder else LLAVA.image
 
     def seconds(seed: int) -> float:
-        asked = prompts(seed, REQUESTS)
+        asked = prompts(seed, REQUESTS, image=image)
         start = time.perf_counter()
         llm.generate(asked, params, use_tqdm=False)
         return time.perf_counter() - start
@@ -72,10 +77,23 @@ def batch_child() -> None:
     serve(seconds)
 
 
-def off(rounds: int) -> None:
+TINY_QWEN = {
+    "depth": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_heads": 4,
+    "out_hidden_size": 256,
+}
+
+
+def off(rounds: int, folder: Path | None) -> None:
     """Requests with one image each, through vLLM without and with the plugin, in turn."""
+    of_model: list[str] = []
+    if folder is not None:
+        checkpoint(folder, TINY_QWEN, decoder(4, 256, 640, 2), QWEN)
+        of_model = ["--folder", str(folder)]
     stock, ours = (
-        Child(__file__, "batch-child", VLLM_PLUGINS=name) for name in ("", "vllm_ficoco")
+        Child(__file__, "batch-child", *of_model, VLLM_PLUGINS=name) for name in ("", "vllm_ficoco")
     )
     times = in_turn((stock, ours), rounds)
     ratios = sorted(b / a for a, b in times)
@@ -286,19 +304,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16", help="of the tower (CPUs may lack bf16)")
+    parser.add_argument("--native", action="store_true", help="off: a tiny Qwen2.5-VL")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--starts", default="", help=argparse.SUPPRESS)
     parser.add_argument("--manager", help=argparse.SUPPRESS)
     args = parser.parse_args()
     environment()
     if args.what == "batch-child":
-        batch_child()
+        batch_child(args.folder)
     elif args.what == "decode-child":
         decode_child(args.folder, [int(n) for n in args.starts.split(",") if n], args.batch)
     elif args.what == "stream-child":
         stream_child(args.manager)
     elif args.what == "off":
-        off(args.rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            off(args.rounds, Path(folder) if args.native else None)
     elif args.what == "images":
         images(args.rounds)
     else:
