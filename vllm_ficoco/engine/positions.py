@@ -119,7 +119,7 @@ class Offsets:
         self._rows: list[int] = []
         self._offsets: list[Tensor] = []
         self.buffer: Tensor | None = None
-        """(3, rows) V1's buffer, known since its first run; which is of as many rows as any."""
+        """(3, rows) V1's buffer, as much of it as was seen in the longest run so far."""
         self.filled_later = False
         """Whether the buffer is filled behind :meth:`note` (V2)."""
         self._added = False
@@ -143,7 +143,8 @@ class Offsets:
                 self._rows += rows[first : first + len(tokens)]
                 self._offsets.append(tokens.offsets)
             first += len(tokens)
-        if self.buffer is not None:
+        # On GPUs the first run was as long as any step; on CPUs it may have been a short request.
+        if self.buffer is not None and self._rows[-1] < self.buffer.shape[1]:
             self.add(self.buffer)
             self._added = True
 
