@@ -144,7 +144,7 @@ class Offsets:
                 self._offsets.append(tokens.offsets)
             first += len(tokens)
         # On GPUs the first run was as long as any step; on CPUs it may have been a short request.
-        if self.buffer is not None and self._rows[-1] < self.buffer.shape[1]:
+        if self.buffer is not None and max(self._rows, default=0) < self.buffer.shape[1]:
             self.add(self.buffer)
             self._added = True
 
