@@ -34,8 +34,8 @@ class PositionsError(ValueError):
 def check_positions(config: VllmConfig) -> None:
     """Refuses to start a Qwen-VL with what cannot work, or is not known to work.
 
-    The model adds the places of reduced images' tokens to its positions when it runs, so it must
-    run for every step that has images in it, on all of its rows, and see what the tower returned.
+    Places of reduced images' tokens are added to positions before the model runs: it must be given
+    the tokens as the tower returned them, and all rows of a step at once.
 
     Raises:
         PositionsError: the first thing that is wrong.

@@ -6,7 +6,7 @@ places from its first position on, and text behind it goes on from the larger si
 however many of them stay. vLLM makes the positions of a prompt before its images go through the
 tower, so which tokens stay is not known yet: it gives all that stay the image's first position, and
 what is behind the image its right one (:func:`shortened`). Rows and columns come with the tokens
-out of the tower, and the model adds them when it runs (:class:`Offsets`).
+out of the tower, and are added before the model runs (:class:`Offsets`).
 
 vLLM's own way for pruned videos (``SupportsMultiModalPruning``) sends positions as columns of the
 embeddings, whose type cannot hold whole numbers above 256 (bfloat16), and is on for a whole server.
@@ -119,7 +119,7 @@ class Offsets:
         self._rows: list[int] = []
         self._offsets: list[Tensor] = []
         self.buffer: Tensor | None = None
-        """(3, rows) V1's buffer, as much of it as was seen in the longest run so far."""
+        """(3, rows) V1's, known since its first run; graphs are captured before any request."""
         self.filled_later = False
         """Whether the buffer is filled behind :meth:`note` (V2)."""
         self._added = False
@@ -143,8 +143,7 @@ class Offsets:
                 self._rows += rows[first : first + len(tokens)]
                 self._offsets.append(tokens.offsets)
             first += len(tokens)
-        # On GPUs the first run was as long as any step; on CPUs it may have been a short request.
-        if self.buffer is not None and max(self._rows, default=0) < self.buffer.shape[1]:
+        if self.buffer is not None:
             self.add(self.buffer)
             self._added = True
 
@@ -157,12 +156,14 @@ class Offsets:
         Raises:
             RuntimeError: they are of another buffer than they were.
         """
-        if self.buffer is None or positions.shape[1] > self.buffer.shape[1]:
-            self.buffer = None if self.filled_later else positions
-        elif self._added and positions.data_ptr() != self.buffer.data_ptr():
+        known = self.buffer is not None and positions.data_ptr() == self.buffer.data_ptr()
+        if self._added and not known:
             raise RuntimeError("vLLM has moved its positions: a reduced image's would be wrong")
         self._added = False
         self.add(positions)
+        if not self.filled_later:  # of the buffer these are the first columns
+            columns = positions.stride(0)
+            self.buffer = positions.as_strided((len(positions), columns), (columns, 1))
 
     def add(self, positions: Tensor) -> None:
         """Adds what was noted to (3, rows) positions in place, once."""
