@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Qwen-VL refuses to start with what its positions are not known to work with, and says what."""
+"""A Qwen-VL refuses to start with what its positions are not known to work with, and says what;
+places are added to its positions once, however short the runs before were."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import CUDAGraphMode
 
 from tests.checkpoints import random_qwen
 from tests.test_stage_checks import put
 from vllm_ficoco.engine.checks import PositionsError, check_positions
+from vllm_ficoco.engine.positions import Offsets
+from vllm_ficoco.engine.visual import VisualTokens
 from vllm_ficoco.vision.geometry import geometry_of
 
 
@@ -77,3 +81,18 @@ def test_stages_begin_behind_the_levels_of_the_tower(config: Any) -> None:
     hf.reduction_stages = [1, 2]
     with pytest.raises(ValueError, match=r"\(deepstack\), so a stage can start at 2 or later"):
         geometry_of(hf)
+
+
+@pytest.mark.parametrize("first_run", [1, 4, 16])
+def test_a_step_may_be_longer_than_the_first_run(first_run: int) -> None:
+    """On CPUs the first run may be a request of a few words; the same step comes again."""
+    buffer, places = torch.zeros(3, 16, dtype=torch.int64), torch.arange(1, 13).view(6, 2)
+    is_visual = torch.arange(8) >= 2
+    offsets = Offsets()
+    offsets.before_run(buffer[:, :first_run])
+    for _ in range(2):
+        offsets.note([VisualTokens.of(torch.zeros(6, 5), offsets=places)], is_visual)
+        offsets.before_run(buffer[:, :8])
+        assert torch.equal(buffer[1:, 2:8], places.T)
+        assert buffer.sum() == places.sum()
+        buffer.zero_()

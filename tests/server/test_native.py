@@ -171,6 +171,25 @@ def test_the_largest_image_follows_the_servers_own_options(tmp_path: Path) -> No
         assert processor.largest_layout.tokens == most
 
 
+def test_sizes_follow_the_servers_own_options(tmp_path: Path) -> None:
+    """A long image is never scaled to a longer one than the processor takes (200 to 1), and what
+    is left as it is has no limit."""
+    load_general_plugins()
+    model = random_qwen(tmp_path / "model", "qwen2.5-vl")
+
+    def processor(**kwargs: Any) -> Any:
+        config = ModelConfig(model=str(model), mm_processor_kwargs=kwargs)
+        return MULTIMODAL_REGISTRY.create_processor(config)
+
+    of_large_images = processor(max_pixels=1000 * 784)
+    assert of_large_images.layout_of(240 * 28, 2 * 28).grid == (2, 240)
+    for budget in (100, 230, 300, 450):
+        size = of_large_images.scaled(240 * 28, 2 * 28, budget, {})
+        tokens = of_large_images.layout_of(size.width, size.height).tokens
+        assert budget // 2 <= tokens <= budget
+    assert processor(do_resize=False).layout_of(280, 280).grid == (10, 10)
+
+
 def test_an_image_by_its_uuid(native: Server) -> None:
     def ask(data: bool, **said: Any) -> Any:
         url = image(80, WIDE)["image_url"] if data else None
@@ -252,6 +271,8 @@ def test_the_client_changes_how_many_tokens_an_image_has(native: Server, option:
     [
         {"do_resize": False},
         {"images_kwargs": {"do_resize": False}},
+        {"return_tensors": "np"},
+        {"max_pixels": -5},
         {"patch_size": 7},
         {"merge_size": 1},
         {"temporal_patch_size": 1},
@@ -266,9 +287,26 @@ def test_the_client_changes_how_many_tokens_an_image_has(native: Server, option:
 def test_options_by_which_nobody_knows_how_many_there_are(
     native: Server, kwargs: dict[str, Any], budget: int | None
 ) -> None:
-    body = {"messages": user(image(0, (280, 280))), "mm_processor_kwargs": kwargs}
+    body = {"messages": user(image(0, (281, 280))), "mm_processor_kwargs": kwargs}
     answer = post(native, CHAT, body | {"visual_token_budget": budget})
     assert answer.status_code == 400, answer.text
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"do_resize": False}, {"images_kwargs": {"do_resize": False}}], ids=str
+)
+def test_an_image_that_stays_as_it_is(native: Server, kwargs: dict[str, Any]) -> None:
+    """Told not to scale it, the processor makes more tokens of it than the model's limit."""
+    for said, held in (
+        ({}, 100),
+        ({"visual_token_budget": 6}, 6),
+        ({"reduction": {"method": "resize", "budget": 6}}, 4),
+    ):
+        body = {"messages": user(image(0, (280, 280))), "mm_processor_kwargs": kwargs, **said}
+        answer = post(native, CHAT, body)
+        assert answer.status_code == 200, answer.text
+        [report] = answer.json()["reduction"]["images"]
+        assert (report["visual_tokens_before"], report["visual_tokens_kept"]) == (100, held)
 
 
 def test_an_image_too_thin_for_the_processor(native: Server) -> None:

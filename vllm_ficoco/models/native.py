@@ -99,10 +99,12 @@ class NativeProcessor(ReducingProcessor):
         """
         vision = self.info.get_hf_config().vision_config
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        if processed["pixel_values"].shape[-1] != values:
+        pixels: Any = processed["pixel_values"]
+        if not isinstance(pixels, Tensor) or pixels.shape[-1] != values:
+            had = getattr(pixels, "shape", (0,))[-1]
             raise VLLMValidationError(
-                f"Patches of the image have {processed['pixel_values'].shape[-1]} values, and the "
-                f"model takes in {values}: leave out what changes that.",
+                f"Patches of the image have {had} values as {type(pixels).__name__}, and the model "
+                f"takes in {values} as Tensor: leave out what changes that.",
                 parameter="mm_processor_kwargs",
             )
 
@@ -181,16 +183,19 @@ def _smaller_grids(rows: int, columns: int) -> list[tuple[int, int]]:
 def _size_of(
     info: Qwen2VLProcessingInfo, width: int, height: int, kwargs: Mapping[str, object]
 ) -> ImageSize:
-    """To which size the processor scales an image."""
+    """To which size the processor scales an image, where it is not told to leave it as it is."""
+    processor = info.get_image_processor()
     try:
+        said = info._merge_and_resolve_mm_processor_kwargs(kwargs).get("images_kwargs") or {}
         size, _ = info._get_vision_info(
             image_width=width,
             image_height=height,
             num_frames=1,
-            image_processor=info.get_image_processor(),
+            do_resize=said.get("do_resize", processor.do_resize),
+            image_processor=processor,
             mm_kwargs=kwargs,
         )
-    except (ArithmeticError, TypeError) as error:  # limits of 0, or that are no numbers
+    except (ArithmeticError, TypeError, ValueError) as error:  # limits of 0, or no numbers
         raise ValueError(
             f"an image of {width} x {height} pixels cannot be scaled: {error}"
         ) from None

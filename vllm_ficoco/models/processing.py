@@ -170,7 +170,10 @@ class ReducingProcessor:
         """
         least = None
         for size in self.smaller_sizes(width, height, kwargs):
-            tokens = self.layout_of(size.width, size.height, kwargs).tokens
+            try:
+                tokens = self.layout_of(size.width, size.height, kwargs).tokens
+            except ValueError:
+                continue  # whole tokens have made a long image too long for the processor
             if tokens <= budget:
                 return size
             least = min(tokens, least or tokens)
