@@ -487,7 +487,7 @@ def test_other_routes(native: Server) -> None:
 # --- Embeddings -------------------------------------------------------------------------------
 
 
-def embedded(rows: int, grid: list[Any]) -> dict[str, Any]:
+def embedded(rows: int, grid: list[int], width: int = 128) -> dict[str, Any]:
     """An image as embeddings."""
 
     def saved(tensor: torch.Tensor) -> str:
@@ -495,7 +495,7 @@ def embedded(rows: int, grid: list[Any]) -> dict[str, Any]:
         torch.save(tensor, file)
         return base64.b64encode(file.getvalue()).decode()
 
-    fields = {"image_embeds": torch.ones(rows, 128), "image_grid_thw": torch.tensor(grid)}
+    fields = {"image_embeds": torch.ones(rows, width), "image_grid_thw": torch.tensor(grid)}
     return {"type": "image_embeds", "image_embeds": {k: saved(v) for k, v in fields.items()}}
 
 
@@ -505,9 +505,9 @@ def test_embeddings_of_an_image(native: Server) -> None:
     body = {"messages": user(embedded(16, [1, 8, 8])), "visual_token_budget": 5}
     refused = post(native, CHAT, body)
     assert refused.status_code == 400 and "left out for image_embeds" in refused.text
-    grids = ([1, 8, 8], [1, 1, 4], [1, -6, -8], [-1, -6, 8], [3, 2, 8], [1, 48], [1.0, 6.0, 8.0])
-    for wrong in grids:
-        refused = post(native, CHAT, {"messages": user(embedded(12, wrong))})
+    grids = ([1, 8, 8], [1, 1, 4], [1, -6, -8], [-1, -6, 8], [3, 2, 8], [1, 48])
+    for wrong in (*(embedded(12, grid) for grid in grids), embedded(12, [1, 6, 8], 64)):
+        refused = post(native, CHAT, {"messages": user(wrong)})
         assert refused.status_code == 400, "it would end the engine"
         assert refused.json()["error"]["param"] == "image_embeds"
 

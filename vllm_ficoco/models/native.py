@@ -74,20 +74,22 @@ class NativeProcessor(ReducingProcessor):
             yield ImageSize(width=column * self._unit, height=row * self._unit)
 
     def check_embeddings(self, images: Any) -> None:
-        """Rows must be the places of the grid: vLLM counts by that alone."""
+        """Rows must be the places of the grid: vLLM counts by that alone; and as wide as tokens."""
+        hidden = self.info.get_hf_config().text_config.hidden_size
+        width = hidden * (1 + self.geometry.deepstack)
         for image in range(len(images)):
             given = images.get(image)
             if given.get("image_embeds") is None:
                 continue  # they come another way
             grid, merge = given["image_grid_thw"].tolist(), self._merge
-            rows = len(given["image_embeds"])
+            shape = tuple(given["image_embeds"].shape)
             whole = len(grid) == 3 and all(type(n) is int and n > 0 for n in grid)
             fits = whole and grid[0] == 1 and not grid[1] % merge and not grid[2] % merge
-            if not fits or rows != math.prod(grid) // merge**2:
+            if not fits or shape != (math.prod(grid) // merge**2, width):
                 raise VLLMValidationError(
-                    f"Image {image} comes as embeddings of {rows} rows with image_grid_thw {grid}: "
-                    f"that must be 1 and two sides, multiples of {merge}, and rows a {merge**2}th "
-                    "of their product",
+                    f"Image {image} comes as embeddings of shape {shape} with image_grid_thw "
+                    f"{grid}: that must be 1 and two sides, multiples of {merge}, rows a "
+                    f"{merge**2}th of their product, and of {width} numbers",
                     parameter="image_embeds",
                 )
 
