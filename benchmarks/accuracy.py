@@ -619,7 +619,8 @@ def settings_of(methods: Sequence[str], budgets: Sequence[int], full: int) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    before_decoder = [n for n, m in METHODS.items() if n != "none" and not m.decoder]
+    every = [n for n, m in METHODS.items() if n != "none" and m.place != "input"]
+    before_decoder = [n for n in every if not METHODS[n].decoder]
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--base-url", help="an OpenAI-compatible server, with /v1")
     where.add_argument("--serve", metavar="MODEL", help="start a server for it, and stop it")

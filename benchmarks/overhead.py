@@ -258,7 +258,7 @@ def tower(folder: Path, rounds: int, batch: int, dtype: str) -> None:
     settings = [
         Reduction(method=name, budget=budget)
         for name, method in METHODS.items()
-        if name != "none" and method.decoder is None
+        if name != "none" and method.decoder is None and method.place != "input"
         for budget in BUDGETS
     ]
 

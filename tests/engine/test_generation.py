@@ -14,7 +14,7 @@ from vllm_ficoco.methods import METHODS
 
 pytestmark = pytest.mark.engine
 
-REDUCING = [name for name, m in METHODS.items() if name != "none" and not m.decoder]
+REDUCING = [n for n, m in METHODS.items() if n not in ("none", "resize") and not m.decoder]
 
 OPTIONS = [
     ("ficoco-v", {"attention": "probabilities", "normalise": False}),

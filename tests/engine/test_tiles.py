@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from vllm.exceptions import VLLMValidationError
 
 from tests.checkpoints import random_llava_next, random_llava_onevision
 from tests.engine.conftest import Ask, Engine, make_engine, picture
@@ -28,7 +30,7 @@ from vllm_ficoco.settings import Reduction
 
 pytestmark = pytest.mark.engine
 
-REDUCING = [name for name, m in METHODS.items() if name != "none" and not m.decoder]
+REDUCING = [n for n, m in METHODS.items() if n not in ("none", "resize") and not m.decoder]
 FIRST_LOGITS = {"logprobs": -1}
 IMAGE = 4
 """Its token."""
@@ -191,6 +193,45 @@ def check_counts(tokens: dict[str, int], ask: Ask, rendered: dict[str, Any]) -> 
     assert prompt.count(IMAGE) == sum(place.length for place in places)
 
 
+def check_resize(engine: Engine, reference: ReferenceTiles) -> None:
+    """An image that is scaled down gives what the smaller image gives by itself."""
+    config = engine.llm.llm_engine.vllm_config.model_config.hf_config
+    sampling = engine.params(max_tokens=8)
+
+    def run(image: Image.Image, *settings: dict[str, Any]) -> Any:
+        request: dict[str, Any] = {
+            "prompt": Ask([0]).prompt,
+            "multi_modal_data": {"image": [image]},
+        }
+        if settings:
+            request["mm_processor_kwargs"] = {"reduction": [*settings]}
+        return engine.llm.generate([request], [sampling], use_tqdm=False)[0]
+
+    for name in ("huge", "padded"):
+        image = picture(3, SIZES[name])
+        whole, smaller = len(reference.visual_tokens(image)), {}
+        for height, width in config.image_grid_pinpoints:
+            scale = min(width / image.width, height / image.height)
+            if scale < 1:
+                size = round(image.width * scale), round(image.height * scale)
+                fitted = image.resize(size, Image.Resampling.BICUBIC)
+                tokens = len(reference.visual_tokens(fitted))
+                if tokens not in smaller or size < smaller[tokens].size:
+                    smaller[tokens] = fitted
+        for budget in sorted(b for b in {whole - 1, *smaller} if b < whole):
+            kept = max(tokens for tokens in smaller if tokens <= budget)
+            due, made = run(smaller[kept]), run(image, to_most(budget))
+            assert len(made.prompt_token_ids) == len(due.prompt_token_ids)
+            assert made.outputs[0].token_ids == due.outputs[0].token_ids, (name, budget)
+        with pytest.raises(VLLMValidationError, match=f"at least {min(smaller)}"):
+            run(image, to_most(min(smaller) - 1))
+
+
+def to_most(budget: int) -> dict[str, Any]:
+    """Scaled down."""
+    return {"method": "resize", "budget": budget}
+
+
 # --- LLaVA-NeXT ---------------------------------------------------------------------------------
 
 
@@ -214,6 +255,7 @@ def test_next(engine: Engine, reference: ReferenceTiles) -> None:
     whole = counts(reference)
     outputs = check(engine, reference, of_every_shape(whole) + of_every_method(whole), times=2)
     assert sum(output.num_cached_tokens > 0 for output in outputs) > 20
+    check_resize(engine, reference)
 
 
 def test_next_unreduced_is_bit_identical_to_vllm(
@@ -338,6 +380,7 @@ def test_onevision(tmp_path: Path) -> None:
         checkpoint, **{**ROOMY, "max_num_batched_tokens": 100}
     ) as engine:
         check(engine, reference, asks, times=2)
+        check_resize(engine, reference)
 
 
 def test_onevision_in_the_decoder(tmp_path: Path) -> None:
