@@ -61,8 +61,8 @@ class Reducer:
             self.geometry = Geometry.none(str(error))
         multimodal = model.multimodal_config
         self.shared_memory = multimodal and multimodal.mm_processor_cache_type == "shm"
-        self.vision: Any = getattr(model.hf_config, "vision_config", None)
-        self.image_size: int = getattr(self.vision, "image_size", 0)
+        vision = getattr(model.hf_config, "vision_config", None)
+        self.image_size: int = getattr(vision, "image_size", 0)
         """Pixels of a side of what the tower takes in: an image, or a tile of it."""
         if self.geometry.by_image and processor is None:
             self.geometry = Geometry.none("this server takes no images")

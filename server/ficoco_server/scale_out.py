@@ -197,7 +197,7 @@ def _tiled_layout(item: Any, field: str, reducer: Reducer) -> tuple[Layout, str]
 
 def _native_layout(item: Any, field: str, reducer: Reducer) -> Layout:
     """The layout that an image's grid of patches says."""
-    side = reducer.vision.spatial_merge_size
+    side = reducer.processor.merge_size
     grid = getattr(item.get(GRID), "data", None)
     numbers = grid.tolist() if isinstance(grid, torch.Tensor) and grid.shape == (3,) else []
     whole = bool(numbers) and all(type(n) is int and 0 < n <= LARGEST_SIDE for n in numbers)
@@ -226,11 +226,10 @@ def _check_pixels(item: Any, layout: Layout, field: str, reducer: Reducer) -> No
     shape, side = _shape(item, PIXELS), reducer.image_size
     of_one = (3, side, side)
     if reducer.geometry.is_native:
-        vision = reducer.vision
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        patches = layout.tokens * vision.spatial_merge_size**2
-        if shape != (patches, values):
-            raise SettingsError(f"{field}.{PIXELS}", shape, f"of shape {(patches, values)}")
+        processor = reducer.processor
+        due = (layout.tokens * processor.merge_size**2, processor.patch_values)
+        if shape != due:
+            raise SettingsError(f"{field}.{PIXELS}", shape, f"of shape {due}")
     elif not reducer.geometry.by_image:
         if shape != of_one:
             raise SettingsError(f"{field}.{PIXELS}", shape, f"of shape {of_one}")

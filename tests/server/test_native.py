@@ -27,7 +27,15 @@ from tests.checkpoints import random_qwen
 from tests.server.conftest import MODEL, Server, image, input_image, turn, user, value
 from tests.server.test_http import chat, kept, respond
 from tests.server.test_refusals import post
-from tests.server.test_tiles import CHAT, GENERATE, RESPONSES, change, place, reported
+from tests.server.test_tiles import (
+    CHAT,
+    GENERATE,
+    RESPONSES,
+    change,
+    check_refused,
+    place,
+    reported,
+)
 from vllm_ficoco.cost import Decoder, prefill_flops_ratio
 from vllm_ficoco.packed import PACKED_FIELD, pack, unpack
 from vllm_ficoco.settings import Reduction
@@ -395,14 +403,7 @@ NOWHERE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/nothing
 def test_refused(
     native: Server, path: str, body: dict[str, Any], param: str, fragment: str
 ) -> None:
-    name, labels = "vllm_ficoco_requests_total", {"method": "invalid", "outcome": "refused"}
-    before = value(native.metrics(name), name, **labels)
-    answer = post(native, path, body)
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    assert error["param"] == param and error["message"].startswith(f"{param} = ")
-    assert fragment in error["message"]
-    assert value(native.metrics(name), name, **labels) == before + 1
+    check_refused(native, path, body, param, fragment)
 
 
 @pytest.mark.parametrize("path", [CHAT, RESPONSES])

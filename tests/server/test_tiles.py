@@ -47,6 +47,20 @@ def reported(answer: Any) -> list[tuple[Any, ...]]:
     return [tuple(one[name] for name in names) for one in answer.reduction["images"]]
 
 
+def check_refused(
+    server: Server, path: str, body: dict[str, Any], param: str, fragment: str
+) -> None:
+    """A 400 that names the field and says what is allowed; the metrics count it."""
+    name, labels = "vllm_ficoco_requests_total", {"method": "invalid", "outcome": "refused"}
+    before = value(server.metrics(name), name, **labels)
+    answer = post(server, path, body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param and error["message"].startswith(f"{param} = ")
+    assert fragment in error["message"]
+    assert value(server.metrics(name), name, **labels) == before + 1
+
+
 # --- Budgets ----------------------------------------------------------------------------------
 
 
@@ -231,14 +245,7 @@ TOO_FEW = "at least 9 for an image of 88 visual tokens"
     ],
 )
 def test_refused(tiled: Server, path: str, body: dict[str, Any], param: str, fragment: str) -> None:
-    name, labels = "vllm_ficoco_requests_total", {"method": "invalid", "outcome": "refused"}
-    before = value(tiled.metrics(name), name, **labels)
-    answer = post(tiled, path, body)
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    assert error["param"] == param and error["message"].startswith(f"{param} = ")
-    assert fragment in error["message"]
-    assert value(tiled.metrics(name), name, **labels) == before + 1
+    check_refused(tiled, path, body, param, fragment)
 
 
 def test_a_refusal_leaves_nothing_behind(tiled: Server) -> None:

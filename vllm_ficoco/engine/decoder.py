@@ -24,8 +24,8 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_ficoco.engine.attention import Rows, enter_stage, watch_keys
 from vllm_ficoco.engine.visual import Leaving, VisualTokens
-from vllm_ficoco.methods.decoding import EVIDENCE_BYTES, DecoderEvidence
-from vllm_ficoco.methods.paradigm import DecoderPart, Steps, Tokens, reduce
+from vllm_ficoco.methods.decoding import DecoderEvidence
+from vllm_ficoco.methods.paradigm import EVIDENCE_BYTES, DecoderPart, Steps, Tokens, reduce
 from vllm_ficoco.methods.random import lot_of
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.geometry import Geometry

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -26,6 +26,7 @@ from vllm_ficoco.methods.paradigm import (
     DecoderPart,
     Method,
     Options,
+    Remembering,
     once,
 )
 from vllm_ficoco.vision.layout import Layout, Raster
@@ -36,14 +37,12 @@ CHANGES: dict[AttentionKind, Callable[[Tensor], Tensor]] = {
 }
 """What becomes of scaled products before their mean is taken."""
 
-Found = TypeVar("Found")
-
 Heads = tuple[Tensor, Tensor, Tensor]
 """Query (B, H, n, d), key and value (B, G, n, d)."""
 
 
 @dataclass(frozen=True)
-class DecoderEvidence:
+class DecoderEvidence(Remembering):
     """What a filter may look at in one layer of the decoder; computed when first asked for.
 
     With tensor parallelism these are this rank's heads, and averages run over those of all ranks.
@@ -72,18 +71,6 @@ class DecoderEvidence:
     before: tuple[Tensor, Tensor] | None = None
     """Of this rank's heads, :attr:`key_lengths_before`; None for methods that do not ask for it."""
     _known: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
-
-    def remember(self, what: tuple[Any, ...], find: Callable[[], Found]) -> Found:
-        """What one step of a method has found from this evidence, for the next one to use.
-
-        Args:
-            what: a name, and all that the finding depends on and that is not the evidence's own.
-            find: the work.
-        """
-        if what not in self._known:
-            self._known[what] = find()
-        found: Found = self._known[what]
-        return found
 
     @cached_property
     def _image(self) -> Heads:

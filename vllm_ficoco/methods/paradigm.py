@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, wraps
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,6 +27,8 @@ from vllm_ficoco import schedule
 from vllm_ficoco.schedule import Stage
 
 AttentionKind = Literal["probabilities", "logits"]
+
+Found = TypeVar("Found")
 
 Need = Literal["scaling", "layers", "attention"]
 """What a method can ask of a model: ``scaling`` of an image to fewer tokens by its processor;
@@ -137,8 +139,26 @@ def in_turns(look: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return looking
 
 
+class Remembering:
+    """Evidence of either kind: what one step of a method has found is there for the next one."""
+
+    _known: dict[tuple[Any, ...], Any]
+
+    def remember(self, what: tuple[Any, ...], find: Callable[[], Found]) -> Found:
+        """What was found from this evidence, once.
+
+        Args:
+            what: a name, and all that the finding depends on and that is not the evidence's own.
+            find: the work.
+        """
+        if what not in self._known:
+            self._known[what] = find()
+        found: Found = self._known[what]
+        return found
+
+
 @dataclass(frozen=True)
-class Evidence:
+class Evidence(Remembering):
     """What a filter may look at in one layer of the vision tower.
 
     ``query`` and ``key`` hold this rank's heads of all patches that the layer attends over, [CLS]
@@ -168,24 +188,13 @@ class Evidence:
     unit: int = 1
     """How many patches the tower merges into one token."""
     sum_over_ranks: Callable[[Tensor], Tensor] = field(default=lambda x: x)
-    _known: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _known: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
     def of_images(self, which: slice) -> Evidence:
         """That of some of the images."""
         return replace(
             self, query=self.query[which], key=self.key[which], pixels=self.pixels[which]
         )
-
-    def remember(self, what: tuple[Any, ...], find: Callable[[], Tensor]) -> Tensor:
-        """What one step of a method has found from this evidence, for the next one to use.
-
-        Args:
-            what: a name, and all that the finding depends on and that is not the evidence's own.
-            find: the work.
-        """
-        if what not in self._known:
-            self._known[what] = find()
-        return self._known[what]
 
     @property
     def _heads(self) -> int:

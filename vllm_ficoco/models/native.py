@@ -41,14 +41,20 @@ class NativeProcessor(ReducingProcessor):
     info: Qwen2VLProcessingInfo
 
     @property
-    def _merge(self) -> int:
+    def merge_size(self) -> int:
         """Patches of a side of what becomes one token."""
         return int(self.info.get_hf_config().vision_config.spatial_merge_size)
 
     @property
     def _unit(self) -> int:
         """Pixels of the same."""
-        return self._merge * int(self.info.get_hf_config().vision_config.patch_size)
+        return self.merge_size * int(self.info.get_hf_config().vision_config.patch_size)
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers of a patch, as the tower takes it in."""
+        vision = self.info.get_hf_config().vision_config
+        return int(vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
 
     def layout_of(
         self, width: int, height: int, kwargs: Mapping[str, object] | None = None
@@ -81,7 +87,7 @@ class NativeProcessor(ReducingProcessor):
             given = images.get(image)
             if given.get("image_embeds") is None:
                 continue  # they come another way
-            grid, merge = given["image_grid_thw"].tolist(), self._merge
+            grid, merge = given["image_grid_thw"].tolist(), self.merge_size
             shape = tuple(given["image_embeds"].shape)
             whole = len(grid) == 3 and all(type(n) is int and n > 0 for n in grid)
             fits = whole and grid[0] == 1 and not grid[1] % merge and not grid[2] % merge
@@ -99,8 +105,7 @@ class NativeProcessor(ReducingProcessor):
         Raises:
             VLLMValidationError: the tower cannot take them in.
         """
-        vision = self.info.get_hf_config().vision_config
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        values = self.patch_values
         pixels: Any = processed["pixel_values"]
         if not isinstance(pixels, Tensor) or pixels.shape[-1] != values:
             had = getattr(pixels, "shape", (0,))[-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
@@ -202,7 +203,7 @@ class ReducingProcessor:
         fitted = self.layout_of(smaller.width, smaller.height, kwargs)
         return fitted._replace(original=layout.tokens), smaller
 
-    @property
+    @cached_property
     def largest_layout(self) -> Layout:
         """Of the image that has most visual tokens."""
         size = self.info.get_image_size_with_most_features()  # type: ignore[attr-defined]
@@ -226,10 +227,6 @@ class ReducingProcessor:
         except SettingsError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from None
         return asked
-
-    def _settled(self, kwargs: Mapping[str, object], items: MultiModalDataItems) -> list[Packed]:
-        """The settings of every image as its size lets them be, and its layout."""
-        return self._fitted(kwargs, items)[0]
 
     def _fitted(
         self, kwargs: Mapping[str, object], items: MultiModalDataItems
@@ -296,7 +293,7 @@ class ReducingProcessor:
         layout depends on the image, settings count as they were asked for: an image that is named
         by its uuid is found by the same hash as one that is there.
         """
-        settled = self._settled(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
+        settled, _ = self._fitted(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
         settings = [packed.reduction for packed in settled]
         if self.geometry.by_image:
             settings = self._asked(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)

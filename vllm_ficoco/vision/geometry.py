@@ -396,8 +396,12 @@ def geometry_of(config: Any) -> Geometry:
 
 def _native(vision: Any) -> Geometry:
     """Of a tower that takes images as they come and merges its patches into tokens (Qwen-VL)."""
-    deepstack = len(getattr(vision, "deepstack_visual_indexes", ()))
-    return Geometry((0, 0), vision.depth, False, deepstack=deepstack)
+    return Geometry((0, 0), vision.depth, False, deepstack=_levels(vision))
+
+
+def _levels(vision: Any) -> int:
+    """How many of the decoder's first layers take in visual tokens of their own (Qwen3-VL)."""
+    return len(getattr(vision, "deepstack_visual_indexes", ()))
 
 
 def _llava(config: Any) -> Geometry:
@@ -450,7 +454,7 @@ def decoder_stages(config: Any) -> tuple[int, ...]:
             f"{STAGES_KEY} = {starts} is not valid: it must be layers of the decoder, from 1 to "
             f"{layers - 1}, in ascending order"
         )
-    levels = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    levels = _levels(config.vision_config)
     if starts and starts[0] < levels:
         raise ValueError(
             f"{STAGES_KEY} = {starts} is not valid: the decoder's first {levels} layers take in "
