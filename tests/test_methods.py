@@ -73,6 +73,8 @@ MATRIX = [
     Row("pooling", counts=False),
     Row("uniform"),
     Row("random", [{}, {"seed": 7}]),
+    Row("tops", [{}, {"diversity": 0.0, "coverage": 3.0}, {"diversity": 4.0, "coverage": 0.0}]),
+    Row("mustdrop", counts=False),
 ]
 VARIANTS = [
     pytest.param(row, options, id=f"{row.method}-{i}" if len(row.options) > 1 else row.method)
@@ -80,6 +82,9 @@ VARIANTS = [
     for i, options in enumerate(row.options)
 ]
 ROWS = [pytest.param(row, id=row.method) for row in MATRIX]
+AND_IN_THE_DECODER = {"tops", "mustdrop"}
+"""Those of the methods in both places whose part before the decoder no other method has."""
+
 BEFORE_THE_TOWER = {"resize"}
 """Methods that reduce no tokens, as there are only as many as wanted: not in the matrix."""
 
@@ -223,6 +228,7 @@ def schedule(row: Row, tokens: int, budget: int, layers: int = LAYERS) -> list[t
 def test_every_method_is_in_the_matrix() -> None:
     """No method ships without these tests."""
     before_decoder = {m.name for m in METHODS.values() if m.name != "none" and not m.decoder}
+    before_decoder |= AND_IN_THE_DECODER
     assert before_decoder == set(reference.PLACE)
     assert {row.method for row in MATRIX} == before_decoder - BEFORE_THE_TOWER
     for row in MATRIX:

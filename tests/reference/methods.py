@@ -34,6 +34,8 @@ PLACE = {
     "uniform": "output",
     "random": "output",
     "resize": "input",
+    "tops": "output",
+    "mustdrop": "output",
 }
 """Between attention and MLP of a layer, on the output of the last layer, or before the tower."""
 
@@ -64,6 +66,8 @@ DEFAULTS = {
     "globalcom2": {"attention": "logits", "temperature": 10.0},
     "hired": {"alpha": 0.5},
     "random": {"seed": 0},
+    "tops": {"tokens": None, "diversity": 0.5, "coverage": 0.5},
+    "mustdrop": {"tokens": None},
 }
 
 Reduced = tuple[list[Tensor], list[int], list[float]]
@@ -552,6 +556,76 @@ def splitmix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def tops(
+    image: Image, keep: int, diversity: float, coverage: float, tokens: list[int] | None
+) -> Reduced:
+    """Relevance is the attention of [CLS]; ``tokens`` is for the decoder."""
+    vectors = torch.stack(image.hidden)
+    return kept(image, optimal_set(vectors, image.of_cls(), keep, diversity, coverage))
+
+
+def optimal_set(
+    vectors: Tensor, relevance: Sequence[float], keep: int, diversity: float, coverage: float
+) -> list[int]:
+    """TOPS: greedily by three terms, each over its mean; of more than 1,024 tokens, as many spread
+    evenly are to be covered."""
+    n = len(vectors)
+    vectors = vectors.double()
+    vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    alike = vectors @ vectors.T
+    seen = [k * n // min(n, 1024) for k in range(min(n, 1024))]
+
+    def over_mean(values: Tensor) -> Tensor:
+        mean = values.sum() / n
+        return values / mean if mean > 0 else torch.zeros(n)
+
+    relevant, chosen = over_mean(torch.tensor(relevance).double()), list[int]()
+    for _ in range(keep):
+        nearest, covered = torch.zeros(n), torch.zeros(len(seen))
+        if chosen:
+            nearest = alike[chosen].amax(0).clamp(0, 1)
+            covered = alike[chosen][:, seen].amax(0).clamp_min(0)
+        gain = (alike[:, seen] - covered).clamp_min(0).sum(1)
+        score = relevant + diversity * over_mean(1 - nearest) + coverage * over_mean(gain)
+        order = ranked(score.tolist())
+        chosen.append(next(i for i in order if i not in chosen))
+    return sorted(chosen)
+
+
+def mustdrop(image: Image, keep: int, tokens: list[int] | None) -> Reduced:
+    """Windows of 3 x 3 in the order of their likeness, then the rest by attention, keys last."""
+    n, attention = image.n, image.of_cls()
+    by_attention = ranked([-a for a in attention])
+    keys = ranked(attention)[: math.ceil(0.08 * n)]
+    windows: dict[tuple[int, int], list[int]] = {}
+    for i, place in enumerate(image.position):
+        row, column = divmod(place, image.grid[1])
+        members = windows.setdefault((row // 3, column // 3), [])
+        if i not in keys:
+            members.append(i)
+    alike = {}
+    for window, members in windows.items():
+        pairs = [(i, j) for i in members for j in members if i < j]
+        if pairs:
+            cosines = [likeness(image.hidden[i], image.hidden[j]) for i, j in pairs]
+            alike[window] = round(sum(cosines) / len(pairs), 5)
+    leaving, into = list[int](), dict[int, int]()
+    for window in sorted(alike, key=lambda w: (-alike[w], w)):
+        *before, last = windows[window]
+        leaving += before
+        into |= dict.fromkeys(before, last)
+    for group in (set(range(n)) - set(keys) - set(leaving), set(keys)):
+        leaving += [i for i in by_attention if i in group]
+    leaving = leaving[: n - keep]
+    target = without(n, leaving)
+    _, position, size = kept(image, target)
+    rows = []
+    for j in target:
+        merged = [image.hidden[i] for i in leaving if into.get(i) == j]
+        rows.append(sum(merged, image.hidden[j]) / (1 + len(merged)))
+    return rows, position, size
+
+
 FUNCTIONS = {
     "ficoco-v": ficoco_v,
     "ficoco-k": ficoco_k,
@@ -566,6 +640,8 @@ FUNCTIONS = {
     "uniform": uniform,
     "random": random,
     "resize": resize,
+    "tops": tops,
+    "mustdrop": mustdrop,
 }
 
 
