@@ -394,6 +394,8 @@ def in_the_decoder() -> list[Shown]:
         show(("square", wish("ficoco-vl", 30, 20, 15, 8)), ("tall", to(12, "ficoco-v"))),
         show(("square", wish("vitcop", 40, 30, 12)), ("odd", wish("vitcop", 30, 20, 9))),
         show(("line", wish("vitcop", 30, 20, 4)), ("tiny", wish("fastv", 2))),
+        show(("odd", wish("tops", 25, 15, 6)), ("square", wish("mustdrop", 40, 30, 20, 8))),
+        show(("column", wish("mustdrop", 20, 15, 9, 4))),
         show(("wide", wish("ficoco-l", 20, 15, 10, penalty=2.0))),
         show(("huge", wish("k-norm", 60, 30, 0)), ("square", None)),
         show(("odd", to(9, "topk")), ("tall", to(9, "resize"))),
