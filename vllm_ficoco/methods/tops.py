@@ -29,9 +29,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vllm_ficoco.methods import topk
+from vllm_ficoco.methods import greedy, topk
 from vllm_ficoco.methods.decoding import DecoderEvidence, DecoderOptions
-from vllm_ficoco.methods.greedy import COVERED, Likeness
+from vllm_ficoco.methods.greedy import Likeness
 from vllm_ficoco.methods.paradigm import (
     DecoderPart,
     Evidence,
@@ -63,7 +63,7 @@ def shares(tokens: int, first: int, _: int) -> list[int]:
 def choose(tokens: Tokens, relevance: Tensor, leave: int, options: TopsOptions) -> Tensor:
     """(B, leave) those that are not chosen, by relevance (B, n)."""
     n, likeness = len(tokens), Likeness(tokens.hidden)
-    count = min(n, COVERED)
+    count = min(n, greedy.COVERED)
     cosines = likeness.columns(torch.arange(count, device=relevance.device) * n // count)
     image = torch.arange(len(cosines), device=cosines.device)
     covered = cosines.new_zeros(len(cosines), 1, count)
