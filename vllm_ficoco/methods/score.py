@@ -24,13 +24,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from vllm_ficoco import schedule
 from vllm_ficoco.methods.greedy import Likeness, k_centres
 from vllm_ficoco.methods.paradigm import Evidence, Method, Tokens, VisionOptions, complement
+
+LEAST = 1e-30
+"""The least weight: what float32 can still multiply."""
 
 
 class ScoreOptions(VisionOptions):
@@ -41,8 +43,9 @@ class ScoreOptions(VisionOptions):
 
 
 def weight(saliency: Tensor, alpha: float) -> Tensor:
-    """Saliency ** alpha, above 0, so that every token can be chosen."""
-    return saliency.clamp_min(torch.finfo(saliency.dtype).tiny) ** alpha
+    """(B, n): saliency ** alpha, 1 at most and above 0, so that every token can be chosen."""
+    largest = saliency.amax(1, keepdim=True).clamp_min(LEAST)
+    return (saliency / largest).pow_(alpha).clamp_min_(LEAST)
 
 
 def filter(tokens: Tokens, evidence: Evidence, leave: int, options: ScoreOptions) -> Tensor:
@@ -50,7 +53,7 @@ def filter(tokens: Tokens, evidence: Evidence, leave: int, options: ScoreOptions
     chosen = k_centres(
         Likeness(tokens.hidden),
         weight(saliency, options.alpha),
-        saliency.argmax(1),
+        saliency.argmax(1, keepdim=True),
         len(tokens) - leave,
     )
     return complement(chosen, len(tokens))
