@@ -65,7 +65,7 @@ MATRIX = [
     Row("ficoco-k", [{}, {"protect": 0.0}, {"protect": 3.0}]),
     Row("tome"),
     Row("evit", raster=False),  # the extra token comes last
-    Row("score", [{}, {"alpha": 0.0}, {"alpha": 0.8}, {"alpha": 1.0}]),
+    Row("score", [{}, {"alpha": 0.0}, {"alpha": 0.2}, {"alpha": 0.8}]),
     Row("dpp", [{}, {"alpha": 0.5}]),
     Row("scope", [{}, {"alpha": 0.2}, {"alpha": 0.8}]),
     Row("apet", [{}, {"basis": 1}, {"basis": 200}], counts=False),

@@ -69,7 +69,7 @@ DEFAULTS = {
         "weighted": True,
     },
     "ficoco-k": {"protect": 0.5},
-    "score": {"alpha": 0.2},
+    "score": {"alpha": None},
     "dpp": {"alpha": 0.0},
     "scope": {"alpha": 1.0},
     "apet": {"basis": 10},
@@ -412,14 +412,20 @@ def evit(image: Image, keep: int) -> Reduced:
     )
 
 
-def score(image: Image, keep: int, alpha: float) -> Reduced:
+def score(image: Image, keep: int, alpha: float | None) -> Reduced:
     """Weighted k-centre: the most salient token, then whichever has the largest product of 1 - its
-    highest cosine to a chosen one and saliency ** alpha."""
+    highest cosine to a chosen one and saliency ** alpha. For alpha 0 the first is the one least
+    like the mean of all directions."""
+    if alpha is None:
+        alpha = 0.2 if image.has_cls else 0.0
     saliency = image.of_cls()
+    mean = sum(x / (x.norm() or 1.0) for x in image.hidden)
+    average = [likeness(x, mean) * float(mean.norm()) / image.n for x in image.hidden]
+    unusual = [1.0 if x > min(average) + ALIKE else 2.0 for x in average]
 
     def worth(i: int, chosen: list[int]) -> float:
         if not chosen:
-            return saliency[i]
+            return saliency[i] if alpha else unusual[i]
         highest = max(likeness(image.hidden[i], image.hidden[s]) for s in chosen)
         return max(1 - highest, ALIKE) * saliency[i] ** alpha
 

@@ -99,6 +99,14 @@ class Likeness:
         row = products(self._vectors, paradigm.take(self._vectors, index))[..., 0]
         return row.mul_(self.scale).mul_(self.scale.gather(1, index))
 
+    def least_like_the_mean(self) -> Tensor:
+        """(B, 1): the token whose direction is farthest from the mean of all directions."""
+        scale = self.scale[:, None] / self.shape[1]
+        mean = torch.cat([scale @ run for (run,) in runs(self._vectors)], 2)
+        alike = products(self._vectors, mean)[..., 0].mul_(self.scale)
+        # What is more by rounding alone is equal, and the lower index is first.
+        return (alike > alike.amin(1, keepdim=True) + SMALLEST).byte().argmin(1, keepdim=True)
+
     def columns(self, index: Tensor | None) -> Tensor:
         """(B, n, c): cosines with tokens (c,), the same of every image, or with all."""
         vectors, scale = self._vectors, self.scale
