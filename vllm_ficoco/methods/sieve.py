@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vllm_ficoco.methods.decoding import DecoderEvidence, DecoderOptions, in_decoder
-from vllm_ficoco.methods.greedy import Likeness
+from vllm_ficoco.methods.greedy import SMALLEST, Likeness
 from vllm_ficoco.methods.paradigm import DecoderPart, Steps, Tokens, complement
 
 RIDGE = 0.01
@@ -55,11 +55,11 @@ def filter(tokens: Tokens, evidence: DecoderEvidence, leave: int, _: DecoderOpti
     worth = 2 * (attention.clamp_min(least).log() + left.norm(dim=-1).clamp_min(least).log())
     likeness, kept = Likeness(left), list[Tensor]()
     for _step in range(len(tokens) - leave):
-        best = worth.argmax(1)
+        best = worth.argmax(1, keepdim=True)
         kept.append(best)
-        damping = (1 - likeness.row(best).square()).clamp_min(1e-6)
-        worth = (worth + damping.log()).scatter(1, best[:, None], -torch.inf)
-    return complement(torch.stack(kept, 1), len(tokens))
+        damping = (1 - likeness.row(best).square()).clamp_min(SMALLEST)
+        worth = (worth + damping.log()).scatter(1, best, -torch.inf)
+    return complement(torch.cat(kept, 1), len(tokens))
 
 
 SIEVE = in_decoder(

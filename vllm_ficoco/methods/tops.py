@@ -31,7 +31,7 @@ from torch import Tensor
 
 from vllm_ficoco.methods import greedy, topk
 from vllm_ficoco.methods.decoding import DecoderEvidence, DecoderOptions
-from vllm_ficoco.methods.greedy import Likeness
+from vllm_ficoco.methods.greedy import SMALLEST, Likeness
 from vllm_ficoco.methods.paradigm import (
     DecoderPart,
     Evidence,
@@ -62,22 +62,26 @@ def shares(tokens: int, first: int, _: int) -> list[int]:
 
 def choose(tokens: Tokens, relevance: Tensor, leave: int, options: TopsOptions) -> Tensor:
     """(B, leave) those that are not chosen, by relevance (B, n)."""
-    n, likeness = len(tokens), Likeness(tokens.hidden)
-    count = min(n, greedy.COVERED)
-    cosines = likeness.columns(torch.arange(count, device=relevance.device) * n // count)
-    image = torch.arange(len(cosines), device=cosines.device)
-    covered = cosines.new_zeros(len(cosines), 1, count)
-    nearest, taken = torch.zeros_like(relevance), torch.zeros_like(relevance)
+    n, likeness, seen = len(tokens), Likeness(tokens.hidden), None
+    if n > greedy.COVERED:
+        seen = torch.arange(greedy.COVERED, device=relevance.device) * n // greedy.COVERED
+    # What of j is covered if i is chosen as well.
+    raised = likeness.columns(seen).clamp_min_(0)
+    images, _, count = raised.shape
+    first = torch.arange(0, images * n, n, device=raised.device)
+    covered, nearest = raised.new_zeros(images, 1), torch.zeros_like(relevance)
     fixed, chosen = _scaled(relevance), list[Tensor]()
     for _ in range(n - leave):
-        gain = (torch.maximum(cosines, covered).sum(2) - covered.sum(2)).clamp_min(0)
-        score = fixed + taken + options.coverage * _scaled(gain)
-        best = (score + options.diversity * _scaled(1 - nearest)).argmax(1)
+        gain = raised.sum(2).sub_(covered).clamp_min_(SMALLEST * count)
+        score = fixed + options.diversity * _scaled((1 - nearest).clamp_min_(SMALLEST))
+        best = score.add_(_scaled(gain), alpha=options.coverage).argmax(1, keepdim=True)
         chosen.append(best)
-        taken.scatter_(1, best[:, None], -torch.inf)
-        nearest = torch.maximum(nearest, likeness.row(best).clamp_max(1))
-        covered = torch.maximum(covered, cosines[image, best][:, None])
-    return complement(torch.stack(chosen, 1), n)
+        fixed.scatter_(1, best, -torch.inf)  # not again
+        torch.maximum(nearest, likeness.row(best), out=nearest)
+        now = raised.flatten(0, 1).index_select(0, best[:, 0] + first)
+        torch.maximum(raised, now[:, None], out=raised)
+        covered = now.sum(1, keepdim=True)
+    return complement(torch.cat(chosen, 1), n)
 
 
 def _scaled(x: Tensor) -> Tensor:
