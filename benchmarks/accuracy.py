@@ -80,6 +80,10 @@ BY_STEPS = {32: ((112, 80, 48), (80, 48, 48)), 16: ((48, 32, 16),)}
 blocks, so that all methods hold as much as each other. (48, 32, 16) is a third of 144 on average.
 With one layer that holds all and 16 in the other five it is 38, which is as low as it gets."""
 
+SMALL_BLOCK = 16
+"""Tokens of a KV block where no stage depends on it. vLLM's 128 on a CPU would hold no image of 48
+tokens whole, and compute it anew for every question to it."""
+
 L_ABLATIONS: tuple[dict[str, Any], ...] = (
     {"beta": 0.0},  # without local redundancy
     {"beta": 1.0},  # without task redundancy
@@ -306,13 +310,13 @@ class Engine:
         self.block: int = llm.llm_engine.vllm_config.cache_config.block_size
 
     @classmethod
-    def start(cls, model: str, starts: Sequence[int] = (), block: int = 32) -> Engine:
+    def start(cls, model: str, starts: Sequence[int] = (), block: int = SMALL_BLOCK) -> Engine:
         """With a new engine, in float32, which CPUs are quickest at.
 
         Args:
             model: its name.
             starts: first layers of the decoder's stages.
-            block: tokens of a KV block, where there are stages.
+            block: tokens of a KV block.
         """
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -323,19 +327,20 @@ class Engine:
         staged: dict[str, Any] = {}
         if starts:
             overrides = {STAGES_KEY: list(starts)}
-            staged = {"scheduler_cls": SCHEDULER, "hf_overrides": overrides, "block_size": block}
-            if block % 32:
-                # GPUs' blocks of 16: vLLM's CPU kernels compute them rightly, as tests show
-                # (test_stage_variants.py), but vLLM does not offer them.
-                from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+            staged = {"scheduler_cls": SCHEDULER, "hf_overrides": overrides}
+        if block % 32:
+            # GPUs' blocks of 16: vLLM's CPU kernels compute them rightly, as tests show
+            # (test_stage_variants.py), but vLLM does not offer them.
+            from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-                CPUAttentionBackend.get_supported_kernel_block_sizes = lambda *_: [block]
+            CPUAttentionBackend.get_supported_kernel_block_sizes = lambda *_: [block]
         llm = LLM(
             model=path_of(model),
             max_model_len=512,
             dtype="float32",
             enforce_eager=True,
             limit_mm_per_prompt={"image": 1},
+            block_size=block,
             **staged,
         )
         return cls(llm)
@@ -673,7 +678,7 @@ def main() -> None:
     ]
     total = sum(len(questions) for _, questions in missing)
     engine = (
-        Engine.start(args.in_process, STAGES if args.decoder else (), args.block_size)
+        Engine.start(args.in_process, *((STAGES, args.block_size) if args.decoder else ()))
         if args.in_process and total
         else None
     )
