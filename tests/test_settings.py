@@ -380,7 +380,7 @@ def test_long_values_are_cut() -> None:
     """A message shows no more than 100 characters of the value."""
     with pytest.raises(SettingsError) as wrong:
         Reduction.parse({"budget": 64, "method": "x" * 10_000})
-    assert len(str(wrong.value)) < 400
+    assert len(str(wrong.value)) - len(wrong.value.allowed) < 200
     assert "x" * 90 in str(wrong.value)
     assert "..." in str(wrong.value)
 
