@@ -4,9 +4,9 @@
     python benchmarks/budgets.py --decoder 1b --dtype float32             # on a CPU
     python benchmarks/budgets.py --decoder llava-1.5-7b --batch 1,8,32    # on a GPU
     python benchmarks/budgets.py --decoder llava-next-cut --dtype float32 --budgets 640,320,160 \
-        --methods topk,visionzip,ficoco-v,globalcom2,hired,fastv --stages 2     # tiles, on a CPU
+        --methods score,topk,visionzip,ficoco-v,globalcom2,hired,fastv --stages 2  # tiles, on a CPU
     python benchmarks/budgets.py --decoder qwen2.5-vl-cut --dtype float32 --budgets 512,256,128 \
-        --methods topk,visionzip,prumerge,ficoco-v,resize                       # Qwen-VL, on a CPU
+        --methods score,topk,visionzip,prumerge,ficoco-v,resize                  # Qwen-VL, on a CPU
 
 LLaVA-1.5's, LLaVA-NeXT's (images of 2 x 2 tiles) or Qwen2.5-VL's tower (32 x 32 tokens) with a
 decoder of real geometry and random weights. Three engines take turns in one run, in processes of

@@ -5,9 +5,9 @@
 #   . .venv/bin/activate && benchmarks/gpu.sh     # into reports/gpu
 #   DECODER=llava-1.5-13b benchmarks/gpu.sh
 #   DECODER=llava-next-7b FULL=2928 BUDGETS=640,320,160 IMAGE_SIZE=672 CONTEXT=3072 \
-#     METHODS=ficoco-v,topk,globalcom2,hired,fastv benchmarks/gpu.sh engine server
+#     METHODS=score,ficoco-v,topk,globalcom2,hired,fastv benchmarks/gpu.sh engine server
 #   DECODER=qwen2.5-vl-7b FULL=1024 BUDGETS=512,256,128 IMAGE_SIZE=896 CONTEXT=1536 \
-#     METHODS=ficoco-v,topk,visionzip,resize,fastv benchmarks/gpu.sh engine server
+#     METHODS=score,ficoco-v,topk,visionzip,resize,fastv benchmarks/gpu.sh engine server
 #   benchmarks/gpu.sh tests                       # or engine, or server: one part
 #
 # Leaves budgets.json (the engine), loadtest/runs.jsonl (the server under load), their tables, and
@@ -24,7 +24,7 @@ FULL=${FULL:-576}
 IMAGE_SIZE=${IMAGE_SIZE:-336}
 CONTEXT=${CONTEXT:-1024}
 STAGES=${STAGES:-2,8,22}
-METHODS=${METHODS:-ficoco-v,ficoco-k,tome,topk,fastv,ficoco-vl}
+METHODS=${METHODS:-score,ficoco-v,ficoco-k,tome,topk,fastv,ficoco-vl}
 BATCHES=${BATCHES:-1,8}
 CONCURRENCY=${CONCURRENCY:-1,32}
 PORT=${PORT:-8123}
@@ -71,7 +71,7 @@ if [[ $parts == *" server "* ]]; then
     kill -0 "$server" 2>/dev/null || break
     sleep 1
   done
-  part loadtest 200 python -m loadtest --base-url "http://127.0.0.1:$PORT" --methods ficoco-v \
+  part loadtest 200 python -m loadtest --base-url "http://127.0.0.1:$PORT" --methods score \
     --budgets "$FULL,$BUDGETS" --image-size "$IMAGE_SIZE" --concurrency "$CONCURRENCY" \
     --requests 64 --repeat 1 --output-tokens 32 --out "$OUT/loadtest"
   kill "$server"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load test of a server with visual token budgets.
 
-    python -m loadtest --base-url http://127.0.0.1:8000 --methods ficoco-v --budgets 144,48,16
+    python -m loadtest --base-url http://127.0.0.1:8000 --methods score --budgets 144,48,16
 
 Every setting at every concurrency, in turns, with images that no cache has seen and answers of a
 fixed length; /metrics is read meanwhile, and a server that kept another number of visual tokens
@@ -45,9 +45,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base-url", required=True, help="of the server; /v1 may be left out")
     add("--model", help="its name there; the first one by default")
-    add("--methods", default="ficoco-v", help="with commas")
+    add("--methods", default="score", help="with commas")
     add("--budgets", default="576,192,128,64", help="with commas; an image's own number: unreduced")
-    add("--mix", action="append", default=[], type=Mix.parse, metavar="text=1,none=2,ficoco-v@64=4",
+    add("--mix", action="append", default=[], type=Mix.parse, metavar="text=1,none=2,score@64=4",
         help="mixed traffic, settings by weight; may be given several times")  # fmt: skip
     add("--concurrency", default="1,4,16,32,64", help="requests under way at once, with commas")
     add("--rate", type=float, default=math.inf, help="requests per second that arrive")

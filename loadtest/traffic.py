@@ -25,7 +25,7 @@ class Setting(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Setting:
-        """``ficoco-v@192``, ``none`` or ``text``.
+        """``score@192``, ``none`` or ``text``.
 
         Raises:
             ValueError: it is none of these.
@@ -54,7 +54,7 @@ class Mix(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Mix:
-        """``ficoco-v@192``, or ``text=1,none=2,ficoco-v@192=4``.
+        """``score@192``, or ``text=1,none=2,score@192=4``.
 
         Raises:
             ValueError: a part is no setting, or a weight no positive number.

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from vllm_ficoco.methods import METHODS, Method
 
-DEFAULT_METHOD = "ficoco-v"
+DEFAULT_METHOD = "score"
 """The method of a request that names a budget and nothing else."""
 
 MAX_BUDGET = 1_000_000

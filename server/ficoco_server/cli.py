@@ -37,7 +37,7 @@ comes with the package:
   vllm-ficoco serve tiny-llava
 """
 FLAGS = (
-    ("default-method", "METHOD", "method where a request names none (default: ficoco-v)"),
+    ("default-method", "METHOD", "method where a request names none (default: score)"),
     ("default-budget", "TOKENS", "budget where a request has none (default: the largest, or all)"),
     ("min-budget", "TOKENS", "smallest budget that a request may ask for (default: 1)"),
     ("max-budget", "TOKENS", "largest; images may then not stay unreduced (default: no limit)"),

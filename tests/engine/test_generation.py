@@ -11,12 +11,15 @@ import torch
 from tests.engine.conftest import NEW_TOKENS, Ask, Engine, check_samples, picture
 from tests.reference.llava import ReferenceLlava
 from vllm_ficoco.methods import METHODS
+from vllm_ficoco.settings import DEFAULT_METHOD
 
 pytestmark = pytest.mark.engine
 
 REDUCING = [n for n, m in METHODS.items() if n not in ("none", "resize") and not m.decoder]
 
 OPTIONS = [
+    ("score", {"alpha": 0.0}),
+    ("score", {"alpha": 1.0}),
     ("ficoco-v", {"attention": "probabilities", "normalise": False}),
     ("ficoco-v", {"attention": "probabilities"}),
     ("ficoco-v", {"lambda": 0.0, "coefficient": 1.0, "epsilon": 0.9}),
@@ -57,7 +60,7 @@ def check(reference: ReferenceLlava, ask: Ask, output: object) -> None:
     visual = [
         reference.visual_tokens(
             picture(seed),
-            (settings or {}).get("method", "ficoco-v" if settings else "none"),
+            (settings or {}).get("method", DEFAULT_METHOD if settings else "none"),
             (settings or {}).get("budget", 0),
             (settings or {}).get("options"),
         )

@@ -78,10 +78,10 @@ def test_equal_settings_hit_the_prefix_cache_and_different_ones_do_not(engine: E
     hit = cached(first)
     assert hit == (TEXT + 100) // BLOCK * BLOCK
     # Another spelling of the same settings.
-    assert cached({"method": "ficoco-v", "budget": 100, "options": {"lambda": 0.35}}) == hit
+    assert cached({"method": "score", "budget": 100, "options": {"alpha": None}}) == hit
     assert cached({"budget": 99}) == 0
     assert cached({"method": "tome", "budget": 100}) == 0
-    assert cached({"budget": 100, "options": {"lambda": 0.5}}) == 0
+    assert cached({"budget": 100, "options": {"alpha": 0.5}}) == 0
     assert cached(None) == 0
     assert cached({"budget": 144}) > 0, "a budget of N is no reduction, and shares with none"
 

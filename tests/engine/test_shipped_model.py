@@ -3,7 +3,7 @@
 
 And it is as good as it was: a fixed part of ``benchmarks/accuracy.py``. When the model or a method
 is meant to change, record anew: ``python benchmarks/accuracy.py --in-process tiny-llava
---methods ficoco-v --budgets 48,16 --questions 660 --record benchmarks/recorded.json``.
+--methods score,ficoco-v --budgets 48,16 --questions 660 --record benchmarks/recorded.json``.
 """
 
 from __future__ import annotations

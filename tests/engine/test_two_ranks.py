@@ -21,6 +21,8 @@ def test_two_ranks_generate_what_the_reference_does(
     asks = [Ask([1], [None])]
     for i, name in enumerate(REDUCING):
         asks.append(Ask([i], [{"method": name, "budget": 40 + i}]))
-    asks.append(Ask([2], [{"budget": 40, "options": {"attention": "probabilities"}}]))
+    options = {"attention": "probabilities"}
+    asks.append(Ask([2], [{"method": "ficoco-v", "budget": 40, "options": options}]))
+    asks.append(Ask([2], [{"budget": 40}]))
     for ask, output in zip(asks, two_rank_engine.generate(asks), strict=True):
         check(reference, ask, output)

@@ -29,7 +29,7 @@ API_KEY = "a-key-for-the-test"
 POLICY = [
     "--reduction-min-budget=2",
     "--reduction-low-budget=16",
-    "--reduction-methods=ficoco-v,tome,evit,topk,visionzip,prumerge,pooling,uniform",
+    "--reduction-methods=score,ficoco-v,tome,evit,topk,visionzip,prumerge,pooling,uniform",
 ]
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]

@@ -63,7 +63,7 @@ def test_lines_are_requests_to_the_server(tmp_path: Path) -> None:
     flags = [
         "--reduction-default-budget=72",
         "--reduction-low-budget=24",
-        "--reduction-methods=ficoco-v,tome",
+        "--reduction-methods=score,tome",
     ]
     command = ["ficoco_server.cli", "run-batch", f"--model={MODEL}", *flags]
     done = run(command, lines, tmp_path)
@@ -83,12 +83,12 @@ def test_lines_are_requests_to_the_server(tmp_path: Path) -> None:
         if (answer["response"]["body"] or {}).get("reduction")
     }
     assert kept == {
-        "budget": [("ficoco-v", 48)],
+        "budget": [("score", 48)],
         "images": [("tome", 16), ("tome", 72)],
-        "default": [("ficoco-v", 72)],
-        "low": [("ficoco-v", 24)],
+        "default": [("score", 72)],
+        "low": [("score", 24)],
         "none": [("none", TOKENS)],
-        "the same image": [("ficoco-v", 48)],
+        "the same image": [("score", 48)],
     }
     for name, images in kept.items():
         usage = answers[name]["response"]["body"]["usage"]
@@ -98,7 +98,7 @@ def test_lines_are_requests_to_the_server(tmp_path: Path) -> None:
     for name, message in {
         "zero": "visual_token_budget",
         "misplaced": "messages[0].content[1].visual_token_budget",
-        "forbidden": "ficoco-v, tome",
+        "forbidden": "score, tome",
         "schema": "temperature",
         "stream": "stream mode",
         "responses": "URL /v1/responses was used",

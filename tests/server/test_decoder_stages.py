@@ -110,9 +110,9 @@ def test_too_long_says_that_images_enter_whole(server: Server) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         ask(server, *(image(n) for n in range(16)), reduction=settings)
     said = refused.value.body["message"]
-    for words in ("2304 of them", '{"method": "ficoco-v", "budget": 127}', "fastv", "enter"):
+    for words in ("2304 of them", '{"method": "score", "budget": 127}', "fastv", "enter"):
         assert words in said
-    early = {"method": "ficoco-v", "budget": 127}
+    early = {"method": "score", "budget": 127}
     answer = ask(server, *(image(n) for n in range(16)), reduction=early)
     assert answer.reduction["visual_tokens_kept"] == 16 * 127
 

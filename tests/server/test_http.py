@@ -63,7 +63,7 @@ def test_a_budget_is_held_exactly(server: Server) -> None:
     assert full.usage.prompt_tokens_details.image_tokens == TOKENS
     assert reduced.reduction.pop("estimated_prefill_flops_ratio") < 0.6
     image_report = {
-        "method": "ficoco-v",
+        "method": "score",
         "budget": 64,
         "visual_tokens_before": TOKENS,
         "visual_tokens_kept": 64,
@@ -153,7 +153,7 @@ def test_every_image_its_own_budget(server: Server) -> None:
     assert kept(answer) == [32, 48, 70, TOKENS]
     assert answer.reduction["method"] == "mixed"
     assert [i["method"] for i in answer.reduction["images"]] == [
-        *("ficoco-v", "ficoco-v", "tome", "none")
+        *("score", "score", "tome", "none")
     ]
     assert answer.usage.prompt_tokens_details.image_tokens == 32 + 48 + 70 + TOKENS
 
@@ -178,8 +178,11 @@ def test_every_allowed_method(server: Server) -> None:
 
 
 def test_options(server: Server) -> None:
-    reduction = {"method": "ficoco-v", "budget": 48, "options": {"lambda": 0.5, "window": 4}}
-    assert kept(chat(server, image(), reduction=reduction)) == [48]
+    for given in (
+        {"budget": 48, "options": {"alpha": 1}},
+        {"method": "ficoco-v", "budget": 48, "options": {"lambda": 0.5, "window": 4}},
+    ):
+        assert kept(chat(server, image(), reduction=given)) == [48]
 
 
 def test_a_budget_above_the_image_is_no_reduction(server: Server) -> None:
@@ -288,17 +291,17 @@ def on_image(**said: Any) -> dict[str, Any]:
         (
             on_request(reduction={"budget": 9, "options": {"lambada": 1}}),
             "reduction.options.lambada",
-            ["lambda"],
+            ["alpha"],
         ),
         (
-            on_request(reduction={"budget": 9, "options": {"lambda": 2}}),
+            on_request(reduction={"budget": 9, "method": "ficoco-v", "options": {"lambda": 2}}),
             "reduction.options.lambda",
             ["less than or equal to 1"],
         ),
         (
             on_request(reduction={"budget": 9, "method": "random"}),
             "reduction.method",
-            ["one of ficoco-v, tome", "this server's policy"],
+            ["one of score, ficoco-v, tome", "this server's policy"],
         ),
         (on_request(visual_token_budget=1), "visual_token_budget", ["from 2", "policy"]),
         (on_image(reduction={"budget": 1}), f"{PART}.reduction.budget", ["from 2", "policy"]),
@@ -541,7 +544,7 @@ def test_about_reduction(server: Server) -> None:
         "kv_cache_bytes_per_token": KV_BYTES,
     }
     assert about["defaults"] == {
-        "method": "ficoco-v",
+        "method": "score",
         "budget": None,
         "detail": {"low": 16, "high": None},
     }

@@ -32,10 +32,10 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.server
 def test_a_sweep_measures_every_setting_and_goes_on(server: Server, tmp_path: Path) -> None:
-    sweep = "--concurrency=1,4 --methods=ficoco-v,tome --budgets=144,48 --goodput ttft:60000"
+    sweep = "--concurrency=1,4 --methods=score,tome --budgets=144,48 --goodput ttft:60000"
     more = [f"--mix={MIX}", *sweep.split()]
     lines = load(server, tmp_path, *more)
-    settings = ["none", "ficoco-v@48", "tome@48", str(Mix.parse(MIX))]
+    settings = ["none", "score@48", "tome@48", str(Mix.parse(MIX))]
     assert [(x["concurrency"], x["setting"]) for x in lines] == [
         (n, s) for n in (1, 4) for s in settings
     ]
@@ -53,7 +53,7 @@ def test_a_sweep_measures_every_setting_and_goes_on(server: Server, tmp_path: Pa
     for picture in ("throughput", "ttft", "tpot", "kv", "goodput"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 1000
     # One more setting: the rest is there already.
-    assert load(server, tmp_path, *more, "--methods=ficoco-v,tome,topk")[:-2] == lines
+    assert load(server, tmp_path, *more, "--methods=score,tome,topk")[:-2] == lines
     with pytest.raises(SystemExit, match="other conditions"):
         load(server, tmp_path, "--budgets=48", "--note=another machine")
 
@@ -84,7 +84,7 @@ def test_more_at_once_than_there_are_requests_is_refused(tmp_path: Path) -> None
 
 def test_a_budget_above_an_images_tokens_is_no_reduction() -> None:
     args = parse(["--base-url=http://localhost", "--budgets=144,48", "--mix=tome@200=1,text=2"])
-    assert list(map(str, mixes(args, 144))) == ["none", "ficoco-v@48", "none=1,text=2"]
+    assert list(map(str, mixes(args, 144))) == ["none", "score@48", "none=1,text=2"]
 
 
 @pytest.mark.server
@@ -95,7 +95,7 @@ def test_clients_that_leave_take_nothing_with_them(server: Server, tmp_path: Pat
     before = ended("cancelled")
     [line] = load(server, tmp_path, "--budgets=48", "--disconnects=3", "--requests=24")
     assert eventually(lambda: ended("cancelled") > before), "no client has left"
-    assert line["watch"]["visual_tokens_kept"] == {"ficoco-v": pytest.approx(48 / TOKENS)}
+    assert line["watch"]["visual_tokens_kept"] == {"score": pytest.approx(48 / TOKENS)}
     assert eventually(lambda: value(server.metrics(), "vllm:num_requests_running") == 0)
     assert eventually(lambda: value(server.metrics(), "vllm:kv_cache_usage_perc") == 0)
 

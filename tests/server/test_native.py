@@ -67,7 +67,7 @@ def test_a_budget_is_held_exactly(native: Server, size: tuple[int, int]) -> None
     tokens, text = TOKENS[size], chat(native).usage.prompt_tokens + 2  # an image's begin and end
     for budget in (2, 5, tokens - 1, tokens, 1000):
         held = min(budget, tokens)
-        said = ("ficoco-v", budget) if held < tokens else ("none", None)
+        said = ("score", budget) if held < tokens else ("none", None)
         answers = [chat(native, image(1, size), visual_token_budget=budget) for _ in range(2)]
         for answer in answers:
             assert answer.usage.prompt_tokens == text + held
@@ -109,11 +109,11 @@ def test_every_image_its_own_settings(native: Server) -> None:
         (LARGE, {"reduction": {"method": "pooling", "budget": 12}}),
     ]
     due = [
-        ("ficoco-v", 3, 16, 3),
-        ("ficoco-v", 8, 14, 8),
+        ("score", 3, 16, 3),
+        ("score", 8, 14, 8),
         ("none", None, 4, 4),
         ("resize", 9, 14, 8),
-        ("ficoco-v", 64 // 9, 64, 64 // 9),
+        ("score", 64 // 9, 64, 64 // 9),
         ("none", None, 14, 14),
         ("pooling", 12, 64, 12),
     ]
@@ -141,7 +141,7 @@ def test_every_allowed_method(native: Server) -> None:
     """Those that need what the model lacks are not among them."""
     about = native.http.get("/v1/reduction").json()
     methods = about["policy"]["methods"]
-    assert {"ficoco-v", "topk", "resize", "uniform"} <= {*methods}
+    assert {"score", "ficoco-v", "topk", "resize", "uniform"} <= {*methods}
     assert not {"tome", "evit", "ficoco-k", "fastv"} & {*methods}
     for method in methods:
         answer = chat(native, image(0, TALL), reduction={"method": method, "budget": 5})
@@ -232,7 +232,7 @@ def test_a_video_beside_an_image(native: Server, tmp_path: Path) -> None:
     for parts in ([video, image(1, SQUARE)], [image(1, SQUARE), video]):
         for _ in range(2):
             answer = chat(native, *parts, visual_token_budget=5)
-            assert reported(answer) == [("ficoco-v", 5, 16, 5)]
+            assert reported(answer) == [("score", 5, 16, 5)]
             assert answer.usage.prompt_tokens == alone + 2 + 5
     refused = post(native, CHAT, {"messages": user(video), "visual_token_budget": 5})
     assert refused.status_code == 400 and "has no images" in refused.text
@@ -270,7 +270,7 @@ def test_the_client_changes_how_many_tokens_an_image_has(native: Server, option:
             [report] = answer.json()["reduction"]["images"]
             assert (report["visual_tokens_before"], report["visual_tokens_kept"]) == (tokens, held)
         assert reported(chat(native, image(50, LARGE), visual_token_budget=6)) == [
-            ("ficoco-v", 6, 64, 6)
+            ("score", 6, 64, 6)
         ]
 
 
@@ -451,7 +451,7 @@ def test_images_that_take_more_positions_than_there_are(native: Server, path: st
 
     answer = ask(fits)
     assert answer.status_code == 200, answer.text
-    assert reported(of(answer)) == [("ficoco-v", 2, MOST, 2)] * fits
+    assert reported(of(answer)) == [("score", 2, MOST, 2)] * fits
     refused = ask(fits + 1)
     assert refused.status_code == 400, refused.text
     error = refused.json()["error"]

@@ -43,7 +43,7 @@ def settle(
 
 def test_nothing_set() -> None:
     policy = read()
-    assert (policy.default_method, policy.default_budget) == ("ficoco-v", None)
+    assert (policy.default_method, policy.default_budget) == ("score", None)
     assert policy.low(TINY) == 16 and policy.low(LLAVA) == 64 and policy.high() is None
 
 
@@ -77,7 +77,7 @@ def test_a_largest_budget_is_the_default_and_bounds_the_details() -> None:
         ({"max_budget": "6.5"}, ["FICOCO_MAX_BUDGET", "whole number"]),
         ({"default_method": "fastest"}, ["unknown method fastest", "known", "tome"]),
         ({"methods": "tome,fastest"}, ["unknown method fastest"]),
-        ({"methods": "tome"}, ["'ficoco-v'", "--reduction-default-method", "tome"]),
+        ({"methods": "tome"}, ["'score'", "--reduction-default-method", "tome"]),
         ({"default_method": "none"}, ["leave out the default budget"]),
         ({"min_budget": "9", "max_budget": "8"}, ["smallest budget 9", "largest, 8"]),
         (
@@ -170,7 +170,7 @@ def test_options_stay_with_their_method() -> None:
     same, other = settle(
         read(), request, on_image(visual_token_budget=32), on_image(reduction={"method": "tome"})
     )
-    assert same == Reduction(budget=32, options=options)
+    assert same == Reduction(method="ficoco-v", budget=32, options=options)
     assert other == Reduction(method="tome", budget=64)
 
 
@@ -231,10 +231,10 @@ def test_embeddings_of_images() -> None:
         ({"max_budget": "64"}, {"reduction": {"budget": 144}}, "reduction.budget", "to 64"),
         ({"max_budget": "64"}, {"reduction": {"method": "none"}}, "reduction", "to 64"),
         (
-            {"methods": "ficoco-v,tome"},
+            {"methods": "score,tome"},
             {"reduction": {"method": "random", "budget": 9}},
             "reduction.method",
-            "one of ficoco-v, tome",
+            "one of score, tome",
         ),
     ],
 )
@@ -267,7 +267,7 @@ def test_outside_of_the_policy(
         ({"reduction": {"budget": 9, "ratio": 0.5}}, "reduction.ratio"),
         ({"reduction": {"budget": 9, "options": []}}, "reduction.options"),
         ({"reduction": {"budget": 9, "options": {"lambada": 1}}}, "reduction.options.lambada"),
-        ({"reduction": {"budget": 9, "options": {"lambda": 7}}}, "reduction.options.lambda"),
+        ({"reduction": {"budget": 9, "options": {"alpha": 9}}}, "reduction.options.alpha"),
         ({"reduction": {"method": "none", "ratio": 1}}, "reduction.ratio"),
         ({"reduction": {}}, "reduction.budget"),
         ({"reduction": {"budget": None}}, "reduction.budget"),

@@ -460,7 +460,7 @@ def test_report_of_two_images(reducer: Reducer) -> None:
     assert report["kv_cache_bytes_saved"] == 80 * 6144
     assert 0.5 < report["estimated_prefill_flops_ratio"] < 1
     assert [i["visual_tokens_kept"] for i in report["images"]] == [64, 144]
-    assert [i["method"] for i in report["images"]] == ["ficoco-v", "none"]
+    assert [i["method"] for i in report["images"]] == ["score", "none"]
 
 
 def test_no_report_without_images(reducer: Reducer) -> None:

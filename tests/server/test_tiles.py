@@ -71,7 +71,7 @@ def test_a_budget_is_held_exactly(tiled: Server, size: tuple[int, int]) -> None:
     for budget in (2, 20, tokens - 1, tokens, 1000):
         held = min(budget, tokens)
         reduced = held < tokens
-        said = ("ficoco-v", budget) if reduced else ("none", None)
+        said = ("score", budget) if reduced else ("none", None)
         answers = [chat(tiled, image(1, size), visual_token_budget=budget) for _ in range(2)]
         for answer in answers:
             assert answer.usage.prompt_tokens == text + held
@@ -106,12 +106,12 @@ def test_every_image_its_own_settings(tiled: Server) -> None:
         (WIDE, {"detail": "high"}),
     ]
     due = [
-        ("ficoco-v", 32, 88, 32),
-        ("ficoco-v", 48, 68, 48),
+        ("score", 32, 88, 32),
+        ("score", 48, 68, 48),
         ("none", None, 36, 36),
         ("topk", 30, 76, 30),
-        ("ficoco-v", 88 // 9, 88, 88 // 9),
-        ("ficoco-v", 36 // 9, 36, 36 // 9),
+        ("score", 88 // 9, 88, 88 // 9),
+        ("score", 36 // 9, 36, 36 // 9),
         ("none", None, 68, 68),
     ]
     parts = [image(seed, size, **settings) for seed, (size, settings) in enumerate(said)]
@@ -475,6 +475,6 @@ def test_the_load_test_asks_how_many_tokens_its_images_have(
     monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
     assert eventually(lambda: value(tiled.metrics(), "vllm:num_requests_running") == 0)
     lines = load(tiled, tmp_path, "--image-size=50", "--budgets=80,20")
-    assert [line["setting"] for line in lines] == ["none", "ficoco-v@20"]
+    assert [line["setting"] for line in lines] == ["none", "score@20"]
     for line in lines:
         assert line["conditions"]["visual_tokens"] == TOKENS[TINY], "fewer than the largest has"
