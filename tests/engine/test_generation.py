@@ -24,6 +24,8 @@ OPTIONS = [
     ("visionzip", {"contextual": 0.5}),
     ("prumerge", {"neighbours": 4}),
     ("random", {"seed": 7}),
+    ("cdpruner", {"alpha": 2.0}),
+    ("recoverable", {"recovered": 0.4, "merged": 0.3, "neighbours": 2}),
 ]
 
 
@@ -54,6 +56,7 @@ def asks_of_every_kind() -> list[Ask]:
 
 def check(reference: ReferenceLlava, ask: Ask, output: object) -> None:
     """One output is what the reference generates, over as many prompt tokens."""
+    reference.ask(ask.behind)
     visual = [
         reference.visual_tokens(
             picture(seed),
