@@ -474,26 +474,22 @@ def cdpruner(image: Image, keep: int, alpha: float) -> Reduced:
         max((r - low) / (high - low), 1e-4) ** alpha if high > low else 1.0 for r in image.relevance
     ]
 
-    def alike(i: int, j: int) -> float:
-        return likeness(image.hidden[i], image.hidden[j]) if i != j else 1.0
-
-    def volume(tokens: list[int]) -> float:
-        kernel = [[quality[i] * alike(i, j) * quality[j] for j in tokens] for i in tokens]
-        return float(torch.tensor(kernel, dtype=torch.float64).det()) if tokens else 1.0
+    def vectors() -> list[Tensor]:
+        return [q * row / row.norm() for q, row in zip(quality, image.hidden, strict=True)]
 
     target: list[int] = []
-    around: list[int] = []
+    outside: list[Tensor] = []
+    """Of every token what is at right angles to all chosen ones: its square is what the volume's
+    square grows by."""
     while len(target) < keep:
         if len(target) % max(1, len(image.hidden[0]) // 2) == 0:
-            around = []
-        now = volume(around)
-        gains = {
-            i: max(volume([*around, i]) / now, 1e-6) for i in range(image.n) if i not in target
-        }
-        best = max(gains, key=lambda i: (gains[i], -i))
+            outside = vectors()
+        gains = {i: float(outside[i] @ outside[i]) for i in range(image.n) if i not in target}
+        best = max(gains, key=lambda i: (max(round(gains[i], 12), 1e-6), -i))
         target.append(best)
         if gains[best] > 1e-6:  # else it lies in what the others span
-            around.append(best)
+            along = outside[best] / outside[best].norm()
+            outside = [x - (x @ along) * along for x in outside]
     return kept(image, sorted(target))
 
 
