@@ -503,19 +503,23 @@ def recoverable(
     own += [i for i in ranked(image.relevance) if i not in own][:by_question]
     dropped = without(image.n, own)
 
-    def apart(i: int, j: int) -> float:
-        return max(2 - 2 * likeness(keys[i], keys[j]), 0.0)
+    pairs = {frozenset((i, j)) for i in dropped for j in dropped if clusters}
+    distance = {
+        pair: max(2 - 2 * likeness(keys[min(pair)], keys[max(pair)]), 0.0) for pair in pairs
+    }
 
-    density = {}
-    for i in dropped:
+    def apart(i: int, j: int) -> float:
+        return distance[frozenset((i, j))]
+
+    density, peak = {}, {}
+    for i in dropped if clusters else ():
         nearest = sorted(apart(i, j) for j in dropped if j != i)[:neighbours]
         density[i] = math.exp(-sum(nearest) / len(nearest)) if nearest else 1.0
-    peak = {}
-    for i in dropped:
-        denser = [j for j in dropped if (density[j], -j) > (density[i], -i)]
+    for i in density:
+        denser = [j for j in density if (density[j], -j) > (density[i], -i)]
         far = min((apart(i, j) for j in denser), default=max(apart(i, j) for j in dropped))
         peak[i] = density[i] * math.sqrt(far)
-    leaders = sorted(dropped[k] for k in ranked([peak[i] for i in dropped])[:clusters])
+    leaders = sorted(dropped[k] for k in ranked([*peak.values()])[:clusters])
     groups = {j: [j] for j in leaders}
     for i in dropped:
         if i not in groups and leaders:
