@@ -502,7 +502,6 @@ def recoverable(
     own = ranked(image.of_cls())[: keep - by_question - clusters]
     own += [i for i in ranked(image.relevance) if i not in own][:by_question]
     dropped = without(image.n, own)
-
     pairs = {frozenset((i, j)) for i in dropped for j in dropped if clusters}
     distance = {
         pair: max(2 - 2 * likeness(keys[min(pair)], keys[max(pair)]), 0.0) for pair in pairs
