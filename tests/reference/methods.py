@@ -589,20 +589,18 @@ def cdpruner(image: Image, keep: int, alpha: float) -> Reduced:
         max((r - low) / (high - low), 1e-4) ** alpha if high > low else 1.0 for r in image.relevance
     ]
 
-    def vectors() -> list[Tensor]:
-        return [q * row / row.norm() for q, row in zip(quality, image.hidden, strict=True)]
-
     target: list[int] = []
     outside: list[Tensor] = []
-    """Of every token what is at right angles to all chosen ones: its square is what the volume's
-    square grows by."""
+    """Of every token's direction what is at right angles to all chosen ones: the determinant grows
+    by its square, times that of the quality."""
     while len(target) < keep:
         if len(target) % max(1, len(image.hidden[0]) // 2) == 0:
-            outside = vectors()
-        gains = {i: float(outside[i] @ outside[i]) for i in range(image.n) if i not in target}
-        best = max(gains, key=lambda i: (max(round(gains[i], 12), 1e-6), -i))
+            outside = [x / (x.norm() or 1.0) for x in image.hidden]
+        left = [round(float(x @ x), 12) for x in outside]
+        others = without(image.n, target)
+        best = others[ranked([max(left[i], ALIKE) * quality[i] ** 2 for i in others])[0]]
         target.append(best)
-        if gains[best] > 1e-6:  # else it lies in what the others span
+        if left[best] > ALIKE:  # else it lies in what the others span
             along = outside[best] / outside[best].norm()
             outside = [x - (x @ along) * along for x in outside]
     return kept(image, sorted(target))

@@ -35,7 +35,7 @@ from vllm_ficoco.methods.paradigm import Evidence, Method, Tokens, VisionOptions
 class CdprunerOptions(VisionOptions):
     """Options of CDPruner."""
 
-    alpha: Annotated[float, Field(ge=0, le=8)] = 1.0
+    alpha: Annotated[float, Field(ge=0, le=3)] = 1.0
     """How much relevance to the question counts beside diversity; 0: not at all."""
 
 
@@ -47,7 +47,7 @@ def scaled(relevance: Tensor) -> Tensor:
 
 def filter(tokens: Tokens, evidence: Evidence, leave: int, options: CdprunerOptions) -> Tensor:
     quality = scaled(evidence.relevance(tokens.hidden)).clamp_min(1e-4) ** options.alpha
-    chosen = log_det(Likeness(tokens.hidden), quality, len(tokens) - leave)
+    chosen = log_det(Likeness(tokens.hidden), quality.square(), len(tokens) - leave)
     return complement(chosen, len(tokens))
 
 
