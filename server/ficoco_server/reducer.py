@@ -61,6 +61,7 @@ class Reducer:
             self.geometry = Geometry.none(str(error))
         multimodal = model.multimodal_config
         self.shared_memory = multimodal and multimodal.mm_processor_cache_type == "shm"
+        self.vocabulary = range(model.get_vocab_size())
         vision = getattr(model.hf_config, "vision_config", None)
         self.image_size: int = getattr(vision, "image_size", 0)
         """Pixels of a side of what the tower takes in: an image, or a tile of it."""

@@ -109,6 +109,7 @@ def expected(
 ) -> Answer:
     """What the reference says to a request, with so many tokens to a KV block."""
     visual, choose, kept, grid = [], [], [], []
+    reference.ask(ask.behind)
     for image, settings in zip(ask.pictures, ask.settings, strict=True):
         settings = settings or {"method": "none"}
         method, options = settings["method"], dict(settings.get("options", {}))

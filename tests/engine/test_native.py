@@ -161,6 +161,9 @@ def of_every_method() -> list[Shown]:
         show(("tall", to(20, "random", seed=7))),
         show(("wide", to(20, "visionzip", contextual=0.5))),
         show(("line", to(4, "resize")), ("column", to(30, "resize"))),
+        show(("odd", to(12, "cdpruner")), ("odd", to(12, "cdpruner")), question="how many ?"),
+        show(("odd", to(12, "cdpruner")), question="what is the star ?"),
+        show(("tall", to(12, "recoverable", recovered=0.4)), question="how many ?"),
         show(("huge", to(71, "resize")), ("odd", to(4, "resize"))),
     ]
 
@@ -169,6 +172,7 @@ def expected(reference: ReferenceQwen, ask: Ask) -> Answer:
     """What the reference says to a request."""
     assert isinstance(ask, Shown)
     with one_thread():
+        reference.ask(ask.behind)
         return reference.answer(
             ask.prompt,
             ask.pictures,

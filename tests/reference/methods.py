@@ -37,6 +37,8 @@ PLACE = {
     "pooling": "output",
     "uniform": "output",
     "random": "output",
+    "cdpruner": "output",
+    "recoverable": "output",
     "resize": "input",
     "tops": "output",
     "mustdrop": "output",
@@ -82,7 +84,12 @@ DEFAULTS = {
     "random": {"seed": 0},
     "tops": {"tokens": None, "diversity": 0.5, "coverage": 0.5},
     "mustdrop": {"tokens": None},
+    "cdpruner": {"alpha": 1.0},
+    "recoverable": {"recovered": 0.25, "merged": 0.125, "neighbours": 5},
 }
+
+ASKING = {"cdpruner", "recoverable"}
+"""Methods that look at the question, before the decoder."""
 
 Reduced = tuple[list[Tensor], list[int], list[float]]
 """Hidden states, places and sizes of the tokens that stay."""
@@ -102,6 +109,7 @@ def reduce_one(
     keep: int,
     pixels: Tensor,
     unit: int = 1,
+    relevance: Sequence[float] = (),
 ) -> tuple[Tensor, list[int], list[float]]:
     """One stage for one image.
 
@@ -119,6 +127,7 @@ def reduce_one(
         keep: how many tokens stay.
         pixels: (3, height, width).
         unit: how many patches, one after another, the tower merges into a token.
+        relevance: of every token to the question, for :data:`ASKING`; see :func:`relevances`.
 
     Returns:
         Hidden states (keep, D) in the type given, places and sizes.
@@ -134,6 +143,7 @@ def reduce_one(
         size,
         pixels,
         unit,
+        relevance,
     )
     chosen = {**DEFAULTS.get(method, {}), **options}
     rows, position, size = FUNCTIONS[method](image, keep, **chosen)
@@ -155,11 +165,12 @@ class Image:
         size: list[float],
         pixels: Tensor,
         unit: int = 1,
+        relevance: Sequence[float] = (),
     ) -> None:
         self.hidden, self.scale, self.has_cls, self.grid = hidden, scale, has_cls, grid
         self.query, self.key, self.pixels = query.double(), key.double(), pixels
         self.position, self.size = list(position), list(size)
-        self.n, self.unit = len(hidden), unit
+        self.n, self.unit, self.relevance = len(hidden), unit, list(relevance)
         self.first = 1 if has_cls else 0
         self.heads = len(self.query)
 
@@ -564,6 +575,80 @@ def prumerge(image: Image, keep: int, neighbours: int) -> Reduced:
     return hidden, position, size
 
 
+def relevances(tokens: Tensor, words: Tensor) -> list[float]:
+    """Of tokens (n, C) to the words (M, C) of a question: their likenesses' mean; 0 without any."""
+    return [
+        sum(likeness(token, word) for word in words.double()) / max(len(words), 1)
+        for token in tokens.double()
+    ]
+
+
+def cdpruner(image: Image, keep: int, alpha: float) -> Reduced:
+    """arXiv 2506.10967: the largest determinant of relevance x likeness x relevance, greedily.
+
+    A round takes no more tokens than half as many as there are channels.
+    """
+    low, high = min(image.relevance), max(image.relevance)
+    quality = [
+        max((r - low) / (high - low), 1e-4) ** alpha if high > low else 1.0 for r in image.relevance
+    ]
+
+    target: list[int] = []
+    outside: list[Tensor] = []
+    """Of every token's direction what is at right angles to all chosen ones: the determinant grows
+    by its square, times that of the quality."""
+    while len(target) < keep:
+        if len(target) % max(1, len(image.hidden[0]) // 2) == 0:
+            outside = [x / (x.norm() or 1.0) for x in image.hidden]
+        left = [round(float(x @ x), 12) for x in outside]
+        others = without(image.n, target)
+        best = others[ranked([max(left[i], ALIKE) * quality[i] ** 2 for i in others])[0]]
+        target.append(best)
+        if left[best] > ALIKE:  # else it lies in what the others span
+            along = outside[best] / outside[best].norm()
+            outside = [x - (x @ along) * along for x in outside]
+    return kept(image, sorted(target))
+
+
+def recoverable(
+    image: Image, keep: int, recovered: float, merged: float, neighbours: int
+) -> Reduced:
+    """arXiv 2409.01179 at fixed counts: by [CLS], by the question, and leaders of clusters."""
+    keys = image.mean_keys()
+    by_question, clusters = math.floor(keep * recovered), math.floor(keep * merged)
+    own = ranked(image.of_cls())[: keep - by_question - clusters]
+    own += [i for i in ranked(image.relevance) if i not in own][:by_question]
+    dropped = without(image.n, own)
+    pairs = {frozenset((i, j)) for i in dropped for j in dropped if clusters}
+    distance = {
+        pair: max(2 - 2 * likeness(keys[min(pair)], keys[max(pair)]), 0.0) for pair in pairs
+    }
+
+    def apart(i: int, j: int) -> float:
+        return distance[frozenset((i, j))]
+
+    density, peak = {}, {}
+    for i in dropped if clusters else ():
+        nearest = sorted(apart(i, j) for j in dropped if j != i)[:neighbours]
+        density[i] = math.exp(-sum(nearest) / len(nearest)) if nearest else 1.0
+    for i in density:
+        denser = [j for j in density if (density[j], -j) > (density[i], -i)]
+        far = min((apart(i, j) for j in denser), default=max(apart(i, j) for j in dropped))
+        peak[i] = density[i] * math.sqrt(far)
+    leaders = sorted(dropped[k] for k in ranked([*peak.values()])[:clusters])
+    groups = {j: [j] for j in leaders}
+    for i in dropped:
+        if i not in groups and leaders:
+            groups[leaders[ranked([likeness(keys[i], keys[j]) for j in leaders])[0]]].append(i)
+    hidden, position, size = [], [], []
+    for j in sorted([*own, *leaders]):
+        group = groups.get(j, [j])
+        hidden.append(sum(image.hidden[i] for i in group) / len(group))
+        position.append(image.position[j])
+        size.append(sum(image.size[i] for i in group))
+    return hidden, position, size
+
+
 def globalcom2(image: Image, keep: int, attention: str, temperature: float) -> Reduced:
     """arXiv 2501.05179 on a thumbnail alone: the lowest score leaves."""
     source = ranked([-a for a in image.of_cls(attention)])[: image.n - keep]
@@ -759,6 +844,8 @@ FUNCTIONS = {
     "pooling": pooling,
     "uniform": uniform,
     "random": random,
+    "cdpruner": cdpruner,
+    "recoverable": recoverable,
     "resize": resize,
     "tops": tops,
     "mustdrop": mustdrop,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from vllm_ficoco.methods.a_score import A_SCORE
 from vllm_ficoco.methods.apet import APET
+from vllm_ficoco.methods.cdpruner import CDPRUNER
 from vllm_ficoco.methods.dart import DART
 from vllm_ficoco.methods.dpp import DPP
 from vllm_ficoco.methods.evit import EVIT
@@ -25,6 +26,7 @@ from vllm_ficoco.methods.prumerge import PRUMERGE
 from vllm_ficoco.methods.pyramiddrop import PYRAMIDDROP
 from vllm_ficoco.methods.random import RANDOM
 from vllm_ficoco.methods.random_decoder import RANDOM_DECODER
+from vllm_ficoco.methods.recoverable import RECOVERABLE
 from vllm_ficoco.methods.resize import RESIZE
 from vllm_ficoco.methods.scope import SCOPE
 from vllm_ficoco.methods.score import SCORE
@@ -50,6 +52,8 @@ METHODS: dict[str, Method] = {
         DPP,
         SCOPE,
         APET,
+        CDPRUNER,
+        RECOVERABLE,
         TOPK,
         VISIONZIP,
         PRUMERGE,

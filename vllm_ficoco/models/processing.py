@@ -30,6 +30,7 @@ from vllm.multimodal.processing import PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
+from vllm_ficoco.models.question import questions
 from vllm_ficoco.packed import PACKED_FIELD, Packed, pack
 from vllm_ficoco.settings import (
     BUDGET_KEY,
@@ -43,6 +44,10 @@ from vllm_ficoco.vision.layout import Layout
 
 COUNTS_KEY = "visual_tokens"
 """In the engine input that the processor makes: a list of :class:`Packed`, one an image."""
+
+QUESTIONS_KEY = "reduction_questions"
+"""Among processor options, where :meth:`ReducingProcessor.apply` puts the question of every image
+whose method asks for it; no request can."""
 
 _EMBEDDINGS = (ImageEmbeddingItems, DictEmbeddingItems)
 """Images that come as embeddings."""
@@ -63,7 +68,11 @@ def tokens_by_hash(mm_hash: str, geometry: Geometry) -> int:
 
 def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
     """What the Hugging Face processor may see."""
-    return {k: v for k, v in kwargs.items() if k not in (BUDGET_KEY, REDUCTION_KEY)}
+    return {k: v for k, v in kwargs.items() if k not in (BUDGET_KEY, REDUCTION_KEY, QUESTIONS_KEY)}
+
+
+def _asks(reduction: Reduction | None) -> bool:
+    return reduction is not None and reduction.spec.asks_question
 
 
 class ScaledImages(ImageProcessorItems):
@@ -249,6 +258,7 @@ class ReducingProcessor:
             return [Packed()] * len(asked), items
         key = BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
         listed = isinstance(kwargs.get(key), Sequence)
+        asking = self._questions(kwargs, asked)
         settled: list[Packed] = []
         sizes: list[ImageSize | None] = []
         options = _without_ours(kwargs)
@@ -266,7 +276,7 @@ class ReducingProcessor:
             except SettingsError as error:
                 within = f"{key}[{image}]" if listed else key
                 raise RefusedImage(image, error, within) from None
-            settled.append(Packed(reduction, layout))
+            settled.append(Packed(reduction, layout, asking[image] if _asks(reduction) else ()))
             sizes.append(size)
         if any(sizes):
             items = MultiModalDataItems({**items, "image": ScaledImages(images, sizes)})
@@ -291,7 +301,8 @@ class ReducingProcessor:
 
         An unreduced image has the hash that vLLM gives it, so its cached data are shared. Where a
         layout depends on the image, settings count as they were asked for: an image that is named
-        by its uuid is found by the same hash as one that is there.
+        by its uuid is found by the same hash as one that is there. Where the method asks for the
+        question, the hash depends on that as well: with another one it is another thing.
         """
         settled, _ = self._fitted(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
         settings = [packed.reduction for packed in settled]
@@ -304,15 +315,19 @@ class ReducingProcessor:
         finally:
             inputs.hf_processor_mm_kwargs = ours
         if any(settings):
+            asking = self._questions(ours, settings)
             hashes["image"] = [
-                self._hash(plain, reduction) if reduction else plain
-                for plain, reduction in zip(hashes["image"], settings, strict=True)
+                self._hash(plain, reduction, question) if reduction else plain
+                for plain, reduction, question in zip(
+                    hashes["image"], settings, asking, strict=True
+                )
             ]
         return hashes
 
-    def _hash(self, plain: str, reduction: Reduction) -> str:
+    def _hash(self, plain: str, reduction: Reduction, question: Sequence[int]) -> str:
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm  # type: ignore[attr-defined]
-        made = MultiModalHasher.hash_kwargs(algorithm, image=plain, reduction=reduction.key)
+        more = {"question": repr([*question])} if _asks(reduction) else {}
+        made = MultiModalHasher.hash_kwargs(algorithm, image=plain, reduction=reduction.key, **more)
         return made if self.geometry.by_image else f"{made}{_KEPT}{self.geometry.kept(reduction)}"
 
     def _get_cache_missing_items(
@@ -327,8 +342,8 @@ class ReducingProcessor:
             if mm_data_items["image"][image] is None and not cache.is_cached_item(image_hash):
                 raise VLLMValidationError(
                     f"Image {image} has a uuid and no data, and is not known: an image is kept by "
-                    "its uuid together with its budget, method and options, and not for ever. Send "
-                    "its data again.",
+                    "its uuid together with its budget, method and options (and the question, for "
+                    "methods that ask for it), and not for ever. Send its data again.",
                     parameter="uuid",
                 )
         return super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)  # type: ignore[misc]
@@ -345,8 +360,16 @@ class ReducingProcessor:
         finally:
             inputs.hf_processor_mm_kwargs = ours
         cached = mm_is_cached.get("image", [])
-        missing = [s for s, hit in zip(settings, cached, strict=True) if not hit]
-        return kwargs | ({REDUCTION_KEY: missing} if any(missing) else {})
+        asking = self._questions(ours, settings)
+        each = zip(settings, asking, cached, strict=True)
+        missing = [(reduction, question) for reduction, question, hit in each if not hit]
+        if not any(reduction for reduction, _ in missing):
+            return kwargs
+        return {
+            **kwargs,
+            REDUCTION_KEY: [reduction for reduction, _ in missing],
+            QUESTIONS_KEY: [question for _, question in missing],
+        }
 
     def _apply_hf_processor_main(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
@@ -357,7 +380,11 @@ class ReducingProcessor:
         if any(packed.layout for packed in settled):
             self.strip_padding(processed, settled)
             processed[PACKED_FIELD] = [
-                pack(packed.reduction, packed.layout if self.geometry.by_image else None)
+                pack(
+                    packed.reduction,
+                    packed.layout if self.geometry.by_image else None,
+                    packed.question,
+                )
                 for packed in settled
             ]
         return processed
@@ -419,6 +446,43 @@ class ReducingProcessor:
         details.packed = packed
         return details
 
+    @staticmethod
+    def _questions(
+        kwargs: Mapping[str, object], settings: Sequence[Reduction | None]
+    ) -> Sequence[tuple[int, ...]]:
+        """Of every image with these settings, as :meth:`apply` has put them there."""
+        asking: Any = kwargs.get(QUESTIONS_KEY)
+        return [()] * len(settings) if asking is None else asking
+
+    def _with_questions(self, inputs: ProcessorInputs) -> Mapping[str, object]:
+        """Processor options with the question of every image, where a method asks for one.
+
+        Raises:
+            VLLMValidationError: the request has some itself; or as :meth:`_asked`.
+        """
+        kwargs = inputs.hf_processor_mm_kwargs
+        if QUESTIONS_KEY in kwargs:
+            raise VLLMValidationError(
+                f"{QUESTIONS_KEY} is not for requests to set: leave it out. An image's question "
+                "is read from the prompt.",
+                parameter=QUESTIONS_KEY,
+            )
+        asked = self._asked(kwargs, inputs.mm_data_items)
+        if not any(map(_asks, asked)):
+            return kwargs
+        tokenizer = self.info.get_tokenizer()  # type: ignore[attr-defined]
+        image = self.info.get_hf_config().image_token_id  # type: ignore[attr-defined]
+        found = questions(inputs.prompt, len(asked), image, self._unspoken, tokenizer)
+        return {**kwargs, QUESTIONS_KEY: found}
+
+    @cached_property
+    def _unspoken(self) -> frozenset[int]:
+        """Tokens that are no text."""
+        tokenizer = self.info.get_tokenizer()  # type: ignore[attr-defined]
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        marks = [number for number, token in added.items() if token.special]
+        return frozenset(marks) | frozenset(tokenizer.all_special_ids)
+
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         result = super()._cached_apply_hf_processor(inputs, timing_ctx)  # type: ignore[misc]
         inputs.visual_tokens = [
@@ -429,6 +493,11 @@ class ReducingProcessor:
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """As vLLM's, and what was settled for every image: the engine does not mind more keys."""
-        made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        ours = inputs.hf_processor_mm_kwargs
+        inputs.hf_processor_mm_kwargs = self._with_questions(inputs)
+        try:
+            made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        finally:
+            inputs.hf_processor_mm_kwargs = ours
         made[COUNTS_KEY] = inputs.visual_tokens
         return made

@@ -23,8 +23,8 @@ class Cluttered(SceneMaker):
     Many tokens stand out here that do not matter, and few are like their neighbours.
     """
 
-    clutter = (5, 10)
-    contrast = (8.0, 30.0)
+    clutter = (5, 7)
+    contrast = (3.0, 12.0)
     """Between the two tones of a background, from and to so many of 255 levels."""
 
     def _background(self) -> NDArray[np.float32]:
