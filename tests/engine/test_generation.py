@@ -119,15 +119,15 @@ QUESTIONS = ("what color is the circle ?", "how many stars are there ?")
 @pytest.mark.parametrize("method", ["cdpruner", "recoverable"])
 def test_one_image_two_questions(engine: Engine, reference: ReferenceLlava, method: str) -> None:
     """In one batch and one after the other, with every cache on, each gets what it asks for."""
-    settings = {"method": method, "budget": 17}
+    settings = {"method": method, "budget": 40}  # a KV block and more
     asks = [Ask([40], [settings], question) for question in QUESTIONS]
     own = []
     for ask, other in zip(asks, reversed(asks), strict=True):
         reference.ask(other.behind)
-        foreign = reference.visual_tokens(picture(40), method, 17)
+        foreign = reference.visual_tokens(picture(40), method, 40)
         mistaken, length = reference.generate(ask.prompt, [foreign], NEW_TOKENS)
         reference.ask(ask.behind)
-        tokens = reference.visual_tokens(picture(40), method, 17)
+        tokens = reference.visual_tokens(picture(40), method, 40)
         own.append(reference.generate(ask.prompt, [tokens], NEW_TOKENS)[0])
         assert mistaken != own[-1], "the other question's tokens would not be noticed"
         assert length == len(tokens) + len(ask.prompt.split()) - 1
