@@ -44,6 +44,7 @@ FLAGS = (
     ("methods", "NAMES", "methods that a request may name, with commas (default: all)"),
     ("low-budget", "TOKENS", 'budget of "detail": "low" (default: a ninth of the tokens)'),
     ("high-budget", "TOKENS", 'budget of "detail": "high" (default: no reduction)'),
+    ("pressure", "HIGH:LOW", "loads at which other budgets begin and end to yield (default: never)"),
 )  # fmt: skip
 
 # Removed when this process ends, not when one of its children does.
@@ -77,9 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from ficoco_server.policy import Policy, PolicyError
 
     try:
-        Policy.from_environment()
+        policy = Policy.from_environment()
     except PolicyError as error:
         parser.error(str(error))
+    if policy.pressure and arguments[0] == "run-batch":
+        parser.error("--reduction-pressure (FICOCO_PRESSURE) is for servers: nobody waits here")
     commands[arguments[0]](rest, stages)
 
 

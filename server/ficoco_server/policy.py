@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -34,9 +34,32 @@ BY_POLICY = "by this server's policy"
 LOW_SHARE = 9
 """``detail: low`` is the number of an image's tokens divided by this, where nothing was set."""
 
+LOW_MARK = 0.8
+"""The low mark where only the high one is given: this share of it."""
+
 
 class PolicyError(ValueError):
     """The server's own configuration is wrong; it must not start."""
+
+
+class Marks(NamedTuple):
+    """At which loads pressure begins and ends."""
+
+    high: float
+    low: float
+
+    @classmethod
+    def parse(cls, text: str) -> Marks:
+        """``0.85:0.7``, or ``0.85``.
+
+        Raises:
+            ValueError: it is not that.
+        """
+        high, colon, low = text.partition(":")
+        marks = cls(float(high), float(low) if colon else LOW_MARK * float(high))
+        if not 0 < marks.low <= marks.high <= 1:
+            raise ValueError(text)
+        return marks
 
 
 class Policy(BaseModel):
@@ -57,6 +80,8 @@ class Policy(BaseModel):
     """Budget of ``detail: low``; by default a ninth of the image's visual tokens."""
     high_budget: int | None = None
     """Budget of ``detail: high``; by default no reduction."""
+    pressure: Marks | None = None
+    """Loads at which budgets that nobody has said begin and end to yield; by default never."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Policy:
@@ -74,6 +99,8 @@ class Policy(BaseModel):
                 given[name] = tuple(part.strip() for part in text.split(",") if part.strip())
             elif name == "default_method":
                 given[name] = text
+            elif name == "pressure":
+                given[name] = None if text.lower() == NO_REDUCTION else _marks(text)
             elif text.lower() != NO_REDUCTION:
                 given[name] = _budget(name, text)
         policy = cls(**given)
@@ -133,6 +160,11 @@ class Policy(BaseModel):
                     "a default or largest budget cannot be kept with this model: "
                     f"{geometry.unsupported}"
                 )
+            if self.pressure is not None:
+                raise PolicyError(
+                    f"budgets of this model cannot yield to pressure ({_names('pressure')}): "
+                    f"{geometry.unsupported}"
+                )
             return
         if missing := geometry.lacks(METHODS[self.default_method]):
             able = [name for name in self.methods if not geometry.lacks(METHODS[name])]
@@ -184,6 +216,17 @@ class Policy(BaseModel):
 def _names(field: str) -> str:
     """A value of the policy as an operator knows it."""
     return f"{ENVIRONMENT_PREFIX}{field.upper()}, --reduction-{field.replace('_', '-')}"
+
+
+def _marks(text: str) -> Marks:
+    try:
+        return Marks.parse(text)
+    except ValueError:
+        raise PolicyError(
+            f"the pressure {text!r} ({_names('pressure')}) is not valid: it must be a share of the "
+            "server above 0 and not above 1, as in 0.85, or two, as in 0.85:0.7, the second not "
+            "above the first"
+        ) from None
 
 
 def _budget(name: str, text: str) -> int:

@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from ficoco_server.metrics import INVALID, MIXED, Prefilled
 from ficoco_server.policy import Policy
+from ficoco_server.pressure import Pressure
 from ficoco_server.protocol import ReductionFields, count_images
 from ficoco_server.resolve import Level, as_written, fit, settled
 from vllm_ficoco import schedule
@@ -68,6 +69,8 @@ class Reducer:
             self.geometry = Geometry.none("this server takes no images")
         self.largest: Layout | None = None
         """Of the image that has most tokens; None where nothing can be reduced."""
+        self.pressure = Pressure()
+        """On the server."""
         self.most_inputs = 1
         """Thumbnail and tiles of the image that has most."""
         if self.geometry.by_image:
@@ -460,6 +463,7 @@ class Reducer:
                 "min_budget": policy.min_budget,
                 "max_budget": policy.max_budget,
             },
+            "pressure": self.pressure.describe(),
             "methods": [
                 {
                     "name": method.name,

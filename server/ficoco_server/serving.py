@@ -24,7 +24,9 @@ from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.chat_utils import parse_chat_messages_async
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from ficoco_server.load import watch
 from ficoco_server.media import load_images_with_ours
+from ficoco_server.metrics import LOWERED
 from ficoco_server.plugin import MODEL_PLUGIN, NAME
 from ficoco_server.policy import Policy, PolicyError
 from ficoco_server.protocol import ReductionFields, is_image
@@ -52,7 +54,10 @@ def install(engine_client: Any, state: Any) -> None:
     processor = engine_client.renderer.mm_processor
     # vLLM lets a step encode as much as its encoder cache holds, and of one image or video all.
     room = engine_client.input_processor.mm_encoder_cache_size
-    reducer = Reducer(engine_client.vllm_config, Policy.from_environment(), processor, room)
+    policy = Policy.from_environment()
+    reducer = Reducer(engine_client.vllm_config, policy, processor, room)
+    reducer.pressure = watch(engine_client, policy)
+    LOWERED.labels(policy.default_method)  # from the start, or a first increase would not be seen
     _check_stages(os.environ.get("FICOCO_STAGES", ""), reducer.geometry.starts)
     chat = state.openai_serving_chat
     renderer = _adopt(ReductionRenderer, chat.online_renderer)

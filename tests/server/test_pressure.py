@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a server is under pressure: the load, its marks over simulated time, and who is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ficoco_server.load import watch
+from ficoco_server.policy import Marks, Policy, PolicyError
+from ficoco_server.pressure import Engine, Pressure, load
+
+MARKS = Marks(0.85, 0.7)
+
+
+# --- The load -------------------------------------------------------------------------------
+
+
+def test_the_load_is_what_all_requests_ask_for() -> None:
+    # Four run in 60 % of the cache; two more like them want 30 %, four more 60 %.
+    assert load([Engine(0.6, 4)], 100, 4) == pytest.approx(0.6)
+    assert load([Engine(0.6, 4)], 100, 6) == pytest.approx(0.9)
+    assert load([Engine(0.6, 4)], 100, 6, entering=2) == pytest.approx(1.2)
+    # A cache with much room: what is short are places.
+    assert load([Engine(0.01, 8)], 8, 8) == 1.0
+    assert load([Engine(0.01, 8)], 8, 20) == 2.5
+    # Two engines: their average, and the requests of both.
+    assert load([Engine(0.9, 3), Engine(0.1, 1)], 200, 6) == pytest.approx(0.75)
+
+
+def test_what_an_idle_engine_told_last_is_old() -> None:
+    full = [Engine(0.99, 50)]
+    assert load(full, 100, 0) == 0.0
+    assert load(full, 100, 0, entering=1) == 0.01, "the first to come is asked for nothing"
+    # Their clients left, all but one: the engine has not made a step since.
+    assert load(full, 100, 1) < 0.02
+    # It has not made its first step yet.
+    assert load([Engine()], 100, 5) == 0.05
+
+
+# --- Hysteresis -----------------------------------------------------------------------------
+
+
+def over_time(marks: Marks, loads: Any) -> list[bool]:
+    """Whether pressure is on, look by look."""
+    values = iter(loads)
+    now = 0.0
+    pressure = Pressure(marks, lambda entering: now)
+    said = []
+    for now in values:
+        said.append(pressure.look())
+    return said
+
+
+def test_it_begins_at_one_mark_and_ends_below_the_other() -> None:
+    loads = [0.0, 0.7, 0.84, 0.85, 0.84, 0.7, 0.69, 0.84, 0.7, 3.0, 0.0]
+    on = [False, False, False, True, True, True, False, False, False, True, False]
+    assert over_time(MARKS, loads) == on
+
+
+def test_a_load_about_one_mark_does_not_flap() -> None:
+    lot = random.Random(1)
+    about_high = [0.85 + lot.uniform(-0.1, 0.1) for _ in range(1000)]
+    about_low = [1.0] + [0.7 + lot.uniform(-0.1, 0.1) for _ in range(1000)]
+
+    def turns(said: list[bool]) -> int:
+        return sum(a != b for a, b in zip(said, said[1:], strict=False))
+
+    assert turns(over_time(MARKS, about_high)) == 1
+    assert turns(over_time(MARKS, about_low)) == 1
+    assert turns(over_time(Marks(0.85, 0.85), about_high)) > 300, "with one mark it would"
+
+
+class Clockwork:
+    """A server in simulated seconds: requests come by a clock, wait for room, and hold it a while.
+
+    Its engine tells its figures with its steps, ten a second, and makes none while it has nothing
+    to do; requests whose clients leave are forgotten without one.
+    """
+
+    ROOM, WHOLE, LOWERED, SECONDS, STEP = 100, 10, 5, 2.0, 0.1
+
+    def __init__(self, marks: Marks) -> None:
+        self.now = 0.0
+        self.waiting: deque[int] = deque()
+        self.running: list[tuple[float, int]] = []
+        self.engine = Engine()
+        self.pressure = Pressure(marks, self._measure)
+        self.looks: list[tuple[float, bool]] = []
+        self.sizes: list[tuple[float, int]] = []
+
+    def _measure(self, entering: int) -> float:
+        return load([self.engine], 50, len(self.waiting) + len(self.running), entering)
+
+    def _look(self) -> bool:
+        on = self.pressure.look()
+        self.looks.append((self.now, on))
+        return on
+
+    def arrive(self) -> None:
+        size = self.LOWERED if self._look() else self.WHOLE
+        self.sizes.append((self.now, size))
+        self.waiting.append(size)
+
+    def leave(self) -> None:
+        """All clients at once."""
+        self.waiting.clear()
+        self.running.clear()
+
+    def step(self) -> None:
+        if not self.waiting and not self.running:
+            return
+        self.running = [(end, size) for end, size in self.running if end > self.now]
+        held = sum(size for _, size in self.running)
+        while self.waiting and held + self.waiting[0] <= self.ROOM:
+            held += self.waiting[0]
+            self.running.append((self.now + self.SECONDS, self.waiting.popleft()))
+        self.engine = Engine(held / self.ROOM, len(self.running))
+        self._look()
+
+    def run(self, seconds: float, rate: float) -> None:
+        """Requests at a rate, evenly."""
+        end, due = self.now + seconds, 0.0
+        while self.now < end - 1e-9:
+            due += rate * self.STEP
+            for _ in range(int(due)):
+                self.arrive()
+            due -= int(due)
+            self.now += self.STEP
+            self.step()
+
+    def turns(self) -> int:
+        said = [on for _, on in self.looks]
+        return sum(a != b for a, b in zip(said, said[1:], strict=False))
+
+
+def test_a_burst_passes_over_a_simulated_server() -> None:
+    """Five requests a second are what whole images allow; a burst brings twice as many."""
+    server = Clockwork(MARKS)
+    server.run(20, 3)
+    assert server.turns() == 0 and {size for _, size in server.sizes} == {server.WHOLE}
+    server.run(10, 10)
+    burst = [size for at, size in server.sizes if at >= 20]
+    assert server.pressure.on and burst.count(server.LOWERED) > 0.8 * len(burst)
+    assert burst[0] == server.WHOLE, "nobody knows of a burst before it is there"
+    server.run(30, 3)
+    assert not server.pressure.on
+    assert {size for at, size in server.sizes if at > 50} == {server.WHOLE}
+    assert server.turns() == 2, "on once and off once"
+
+
+def test_clients_that_leave_take_the_pressure_with_them() -> None:
+    server = Clockwork(MARKS)
+    server.run(5, 20)
+    assert server.pressure.on and server.engine.kv_cache_usage > 0.85
+    server.leave()  # the engine says no more
+    server.now += 3600
+    assert not server.pressure.look()
+    server.arrive()
+    assert server.sizes[-1][1] == server.WHOLE
+
+
+def test_many_that_come_at_once_see_each_other() -> None:
+    """Before an engine has heard of the first one."""
+    pressure = Pressure(MARKS, lambda entering: load([Engine()], 10, 0, entering))
+    with contextlib.ExitStack() as coming:
+        said = []
+        for _ in range(12):
+            coming.enter_context(pressure.entering())
+            said.append(pressure.look())
+    assert said == [False] * 8 + [True] * 4
+    assert not pressure.look()
+
+
+# --- Flags ----------------------------------------------------------------------------------
+
+
+def read(text: str) -> Marks | None:
+    return Policy.from_environment({"FICOCO_PRESSURE": text}).pressure
+
+
+def test_marks() -> None:
+    assert read("0.85:0.7") == (0.85, 0.7)
+    assert read("0.5") == (0.5, pytest.approx(0.4))
+    assert read("1:1") == (1.0, 1.0)
+    assert read("") is read("none") is Policy().pressure is None
+    assert not Pressure().look() and Pressure().describe() is None
+
+
+@pytest.mark.parametrize(
+    "text", ["0.85:0.9", "2", "x", "0", "-0.5", "0.85:", ":0.7", "0.8:0", "nan", "inf", "0.9:0.8:0.7"]
+)
+def test_marks_that_are_none_stop_the_start(text: str) -> None:
+    with pytest.raises(PolicyError) as refused:
+        read(text)
+    for fragment in (repr(text), "--reduction-pressure", "FICOCO_PRESSURE", "as in 0.85:0.7"):
+        assert fragment in str(refused.value)
+
+
+# --- What vLLM tells ------------------------------------------------------------------------
+
+
+class Client:
+    """Of vLLM's engine client, what is looked at."""
+
+    def __init__(self, log_stats: bool = True, servers: int = 1, elastic: bool = False) -> None:
+        self.requests = 0
+        self.logger_manager: Any = None
+        if log_stats:
+            self.logger_manager = SimpleNamespace(engine_indexes=[0, 1], stat_loggers=[])
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(_api_process_count=servers, enable_elastic_ep=elastic),
+            scheduler_config=SimpleNamespace(max_num_seqs=8),
+        )
+        self.output_processor = self
+
+    def get_num_unfinished_requests(self) -> int:
+        return self.requests
+
+    def tell(self, engine: int, usage: float, running: int) -> None:
+        told = SimpleNamespace(kv_cache_usage=usage, num_running_reqs=running)
+        [logger] = self.logger_manager.stat_loggers
+        logger.record(told, None, mm_cache_stats=None, engine_idx=engine)
+        logger.record(None, None, mm_cache_stats=None, engine_idx=engine)
+
+
+def test_two_engines_are_one_server() -> None:
+    client = Client()
+    pressure = watch(client, Policy(pressure=MARKS))
+    client.requests = 4
+    client.tell(0, 0.9, 2)
+    assert pressure.load == pytest.approx(0.9) and pressure.on, "two have what four want"
+    client.tell(1, 0.1, 2)
+    assert pressure.load == pytest.approx(0.5) and not pressure.on
+    client.requests = 24
+    assert pressure.look() and pressure.load == pytest.approx(3.0)
+    client.requests = 8
+    client.tell(0, 0.0, 0)
+    client.tell(1, 0.0, 0)
+    assert pressure.load == pytest.approx(0.5), "of the 16 places of both"
+
+
+def test_without_the_flag_vllm_is_left_alone() -> None:
+    client = Client(log_stats=False, servers=4, elastic=True)
+    assert not watch(client, Policy()).look()
+    client = Client()
+    watch(client, Policy())
+    assert client.logger_manager.stat_loggers == []
+
+
+@pytest.mark.parametrize(
+    ("how", "flag"),
+    [
+        ({"log_stats": False}, "--disable-log-stats"),
+        ({"servers": 2}, "--api-server-count"),
+        ({"elastic": True}, "--enable-elastic-ep"),
+    ],
+)
+def test_a_server_that_cannot_know_its_load_does_not_start(how: dict[str, Any], flag: str) -> None:
+    with pytest.raises(PolicyError, match="--reduction-pressure") as refused:
+        watch(Client(**how), Policy(pressure=MARKS))
+    assert flag in str(refused.value)
+
+
