@@ -207,9 +207,10 @@ def test_bad_budgets(budget: object) -> None:
         with pytest.raises(SettingsError) as wrong:
             read()
         assert wrong.value.field == name
-        assert wrong.value.allowed == f"a whole number from 1 to {MAX_BUDGET}"
+        assert wrong.value.allowed == f"a whole number from 1 to {MAX_BUDGET}, or 'auto'"
         assert str(wrong.value) == (
-            f"{name} = {budget!r} is not valid: it must be a whole number from 1 to {MAX_BUDGET}."
+            f"{name} = {budget!r} is not valid: it must be a whole number from 1 to {MAX_BUDGET}, "
+            "or 'auto'."
         )
 
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from ficoco_server.metrics import LOAD, PRESSURE
 from ficoco_server.policy import Marks
 
+
 class Engine(NamedTuple):
     """What an engine has told of its last step."""
 

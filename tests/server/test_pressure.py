@@ -193,7 +193,8 @@ def test_marks() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["0.85:0.9", "2", "x", "0", "-0.5", "0.85:", ":0.7", "0.8:0", "nan", "inf", "0.9:0.8:0.7"]
+    "text",
+    ["0.85:0.9", "2", "x", "0", "-0.5", "0.85:", ":0.7", "0.8:0", "nan", "inf", "0.9:0.8:0.7"],
 )
 def test_marks_that_are_none_stop_the_start(text: str) -> None:
     with pytest.raises(PolicyError) as refused:
@@ -265,5 +266,3 @@ def test_a_server_that_cannot_know_its_load_does_not_start(how: dict[str, Any], 
     with pytest.raises(PolicyError, match="--reduction-pressure") as refused:
         watch(Client(**how), Policy(pressure=MARKS))
     assert flag in str(refused.value)
-
-

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from vllm_ficoco.methods.a_score import A_SCORE
+from vllm_ficoco.methods.apet import APET
 from vllm_ficoco.methods.dart import DART
+from vllm_ficoco.methods.dpp import DPP
 from vllm_ficoco.methods.evit import EVIT
 from vllm_ficoco.methods.fastv import FASTV
 from vllm_ficoco.methods.ficoco_k import FICOCO_K
@@ -22,6 +24,8 @@ from vllm_ficoco.methods.pyramiddrop import PYRAMIDDROP
 from vllm_ficoco.methods.random import RANDOM
 from vllm_ficoco.methods.random_decoder import RANDOM_DECODER
 from vllm_ficoco.methods.resize import RESIZE
+from vllm_ficoco.methods.scope import SCOPE
+from vllm_ficoco.methods.score import SCORE
 from vllm_ficoco.methods.sparsevlm import SPARSEVLM
 from vllm_ficoco.methods.tome import TOME
 from vllm_ficoco.methods.topk import TOPK
@@ -38,6 +42,10 @@ METHODS: dict[str, Method] = {
         FICOCO_K,
         TOME,
         EVIT,
+        SCORE,
+        DPP,
+        SCOPE,
+        APET,
         TOPK,
         VISIONZIP,
         PRUMERGE,

@@ -7,9 +7,11 @@ Han et al., "Rethinking Token Reduction in MLLMs" (arXiv 2411.17686), section 2.
 2. *correlate* weighs every token of S against the target set T that stays: C, |S| x |T|;
 3. *compress* folds S into T by C. Pruning is the case without 2 and 3.
 
-Everything is batched over images and stays on the device: no loop over tokens or images, and
-nothing that makes the host wait. Shapes: B images, n tokens, D channels, H heads, S and T the
-sizes of the two sets. Ties are broken in favour of the lower index, on every device.
+Everything is batched over images and stays on the device: nothing makes the host wait, and there
+is no loop over tokens but one, of methods whose every choice depends on the one before it
+(:mod:`vllm_ficoco.methods.greedy`): as many steps as tokens are kept, each over all of them.
+Shapes: B images, n tokens, D channels, H heads, S and T the sizes of the two sets. Ties are broken
+in favour of the lower index, on every device.
 """
 
 from __future__ import annotations
