@@ -44,7 +44,7 @@ FLAGS = (
     ("methods", "NAMES", "methods that a request may name, with commas (default: all)"),
     ("low-budget", "TOKENS", 'budget of "detail": "low" (default: a ninth of the tokens)'),
     ("high-budget", "TOKENS", 'budget of "detail": "high" (default: no reduction)'),
-    ("pressure", "HIGH:LOW", "loads at which other budgets begin and end to yield (default: never)"),
+    ("pressure", "HIGH:LOW", "loads at which budgets begin and end to yield (default: never)"),
 )  # fmt: skip
 
 # Removed when this process ends, not when one of its children does.

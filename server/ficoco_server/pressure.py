@@ -61,7 +61,7 @@ class Pressure:
     """
 
     def __init__(
-        self, marks: Marks | None = None, measure: Callable[[int], float] = lambda entering: 0.0
+        self, marks: Marks | None = None, measure: Callable[[int], float] | None = None
     ) -> None:
         self.marks, self._measure = marks, measure
         self.on, self.load = False, 0.0
@@ -78,7 +78,7 @@ class Pressure:
 
     def look(self) -> bool:
         """Whether it is on now."""
-        if self.marks is None:
+        if self.marks is None or self._measure is None:
             return False
         self.load = self._measure(self._entering)
         self.on = self.load >= (self.marks.low if self.on else self.marks.high)

@@ -110,7 +110,11 @@ class Reducer:
             images = request._asked.images
             earlier = max(count_images(messages) - len(images), 0)
             request._settled = settled(
-                self.policy, request.level, [Level()] * earlier + [*images], self.geometry
+                self.policy,
+                request.level,
+                [Level()] * earlier + [*images],
+                self.geometry,
+                bool(request._lowers),
             )
             settings = [image.reduction for image in request._settled]
             if not self.geometry.by_image:

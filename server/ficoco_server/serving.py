@@ -35,7 +35,7 @@ from ficoco_server.scale_out import ReductionTokens
 from ficoco_server.sent import remember_what_is_sent
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.models.processing import RefusedImage, RefusedPositions
-from vllm_ficoco.settings import REDUCTION_KEY, SettingsError
+from vllm_ficoco.settings import REDUCTION_KEY, OfLadder, SettingsError
 from vllm_ficoco.vision.geometry import STAGES_KEY
 
 T = TypeVar("T")
@@ -108,6 +108,24 @@ class ReductionRenderer(OnlineRenderer):
         """As in vLLM; chat completions and responses both render their prompts here."""
         if not _is_ours(request):
             return await super().preprocess_chat(request, messages, *args, **kwargs)
+        pressure = self.reducer.pressure
+        with pressure.entering():
+            if request._lowers is None:  # once, even if its prompt is rendered again after a tool
+                request._lowers = pressure.look()
+            try:
+                return await self._preprocess(request, messages, *args, **kwargs)
+            except VLLMValidationError:
+                waiting = (isinstance(image.reduction, OfLadder) for image in request._settled)
+                if not request._lowers or not any(waiting):
+                    raise
+            # Nothing is refused for the load. The method that reduces what would have stayed whole
+            # may not go with what else the request wants.
+            request._lowers = False
+            return await self._preprocess(request, messages, *args, **kwargs)
+
+    async def _preprocess(
+        self, request: Any, messages: Any, *args: Any, **kwargs: Any
+    ) -> tuple[list[Any], list[Any]]:
         try:
             settings = self.reducer.settle(request, messages)
         except VLLMValidationError as refused:

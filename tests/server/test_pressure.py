@@ -6,14 +6,20 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import deque
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ficoco_server import resolve
 from ficoco_server.load import watch
 from ficoco_server.policy import Marks, Policy, PolicyError
 from ficoco_server.pressure import Engine, Pressure, load
+from ficoco_server.protocol import take_settings
+from ficoco_server.resolve import Level
+from vllm_ficoco.settings import AutoBudget, Lowered, SettingsError
+from vllm_ficoco.vision.geometry import Geometry
 
 MARKS = Marks(0.85, 0.7)
 
@@ -46,15 +52,11 @@ def test_what_an_idle_engine_told_last_is_old() -> None:
 # --- Hysteresis -----------------------------------------------------------------------------
 
 
-def over_time(marks: Marks, loads: Any) -> list[bool]:
+def over_time(marks: Marks, loads: list[float]) -> list[bool]:
     """Whether pressure is on, look by look."""
     values = iter(loads)
-    now = 0.0
-    pressure = Pressure(marks, lambda entering: now)
-    said = []
-    for now in values:
-        said.append(pressure.look())
-    return said
+    pressure = Pressure(marks, lambda entering: next(values))
+    return [pressure.look() for _ in loads]
 
 
 def test_it_begins_at_one_mark_and_ends_below_the_other() -> None:
@@ -69,7 +71,7 @@ def test_a_load_about_one_mark_does_not_flap() -> None:
     about_low = [1.0] + [0.7 + lot.uniform(-0.1, 0.1) for _ in range(1000)]
 
     def turns(said: list[bool]) -> int:
-        return sum(a != b for a, b in zip(said, said[1:], strict=False))
+        return sum(a != b for a, b in pairwise(said))
 
     assert turns(over_time(MARKS, about_high)) == 1
     assert turns(over_time(MARKS, about_low)) == 1
@@ -136,7 +138,7 @@ class Clockwork:
 
     def turns(self) -> int:
         said = [on for _, on in self.looks]
-        return sum(a != b for a, b in zip(said, said[1:], strict=False))
+        return sum(a != b for a, b in pairwise(said))
 
 
 def test_a_burst_passes_over_a_simulated_server() -> None:
@@ -201,6 +203,124 @@ def test_marks_that_are_none_stop_the_start(text: str) -> None:
         read(text)
     for fragment in (repr(text), "--reduction-pressure", "FICOCO_PRESSURE", "as in 0.85:0.7"):
         assert fragment in str(refused.value)
+
+
+# --- Whose budgets yield --------------------------------------------------------------------
+
+TINY = Geometry((12, 12), 9, True)
+LEVEL = Level()
+
+
+def lowered(
+    request: dict[str, Any], *images: Level, geometry: Geometry = TINY, **policy: Any
+) -> list[Any]:
+    """Method and budget of every image of 144 tokens under pressure; of an unreduced one, None."""
+    level = Level(said=request)
+    settled = resolve.settled(Policy(**policy), level, images, geometry, lower=True)
+    calm = resolve.settled(Policy(**policy), level, images, geometry)
+    found: list[Any] = []
+    for image, before in zip(settled, calm, strict=True):
+        assert (image.field, image.embeds) == (before.field, before.embeds)
+        reduction = image.reduction
+        if isinstance(reduction, Lowered):
+            found.append((reduction.method, reduction.choices(144)[0]))
+        elif isinstance(reduction, AutoBudget):
+            found.append((reduction.method, f"auto, {reduction.lower} less"))
+        else:
+            assert reduction == before.reduction
+            found.append(reduction and (reduction.method, reduction.budget))
+    return found
+
+
+def image(**said: Any) -> Level:
+    return Level("messages[0].content[0]", said)
+
+
+def test_a_budget_that_nobody_said_is_a_rung_less() -> None:
+    """Of N, N / 3, 2 N / 9, N / 9: 144, 48, 32, 16."""
+    for default, less in ((None, 48), (100, 48), (48, 32), (33, 32), (32, 16), (17, 16)):
+        assert lowered({}, LEVEL, image(), default_budget=default) == [("ficoco-v", less)] * 2
+    for default in (16, 9):
+        assert lowered({}, LEVEL, default_budget=default) == [("ficoco-v", default)]
+    ladder = {"auto_budgets": ("1", "1/2", "24")}
+    assert lowered({}, LEVEL, **ladder) == [("ficoco-v", 72)]
+    assert lowered({}, LEVEL, default_budget=72, **ladder) == [("ficoco-v", 24)]
+
+
+def test_no_budget_is_below_the_smallest_of_the_policy() -> None:
+    assert lowered({}, LEVEL, default_budget=32, min_budget=20) == [("ficoco-v", 20)]
+    assert lowered({}, LEVEL, default_budget=20, min_budget=20) == [("ficoco-v", 20)]
+
+
+def test_auto_is_a_rung_less_whoever_said_it() -> None:
+    less = ("ficoco-v", "auto, 1 less")
+    assert lowered({}, LEVEL, default_budget="auto") == [less]
+    assert lowered({"visual_token_budget": "auto"}, LEVEL) == [less]
+    assert lowered({}, image(visual_token_budget="auto")) == [less]
+    assert lowered({}, image(reduction={"budget": "auto", "method": "tome"})) == [
+        ("tome", "auto, 1 less")
+    ]
+
+
+def test_what_was_said_stays() -> None:
+    """A number, no reduction, a detail that says one; on the request or on the image."""
+    none = {"method": "none"}
+    for default in (None, 100, "auto"):
+        policy = {"default_budget": default, "high_budget": 96}
+        for said, is_due in (
+            ({"visual_token_budget": 100}, ("ficoco-v", 100)),
+            ({"reduction": {"budget": 90, "method": "tome"}}, ("tome", 90)),
+            ({"reduction": none}, None),
+        ):
+            assert lowered(said, LEVEL, image(detail="auto"), **policy) == [is_due] * 2
+            assert lowered({}, image(**said), **policy) == [is_due]
+        assert lowered({}, image(detail="low"), image(detail="high"), **policy) == [
+            ("ficoco-v", 16),
+            ("ficoco-v", 96),
+        ]
+    # An image without a number among some that have one; none on the request is no number.
+    assert lowered({}, image(visual_token_budget=100), LEVEL) == [
+        ("ficoco-v", 100),
+        ("ficoco-v", 48),
+    ]
+    assert lowered({"visual_token_budget": 100}, image(reduction={"method": "tome"})) == [
+        ("tome", 100)
+    ]
+    assert lowered({"reduction": none}, image(reduction={"method": "tome"}), default_budget=50) == [
+        ("tome", 48)
+    ]
+
+
+def test_tokens_by_stage_stay() -> None:
+    staged = TINY._replace(decoder_layers=6, starts=(2, 4))
+    said = {"reduction": {"method": "k-norm", "options": {"tokens": [80, 40]}}}
+    assert lowered(said, LEVEL, geometry=staged, default_budget=90) == [("k-norm", None)]
+
+
+def test_a_method_without_a_budget_is_lowered_with_it() -> None:
+    said = {"reduction": {"method": "tome"}}
+    for request, one in ((said, LEVEL), ({}, image(**said))):
+        assert lowered(request, one, default_budget=100) == [("tome", 48)]
+        with pytest.raises(SettingsError, match="no default budget"):  # as ever
+            lowered(request, one)
+
+
+def test_what_cannot_be_reduced_or_found_again_stays() -> None:
+    embeds, named = Level("a", embeds=True), Level("b", named=True)
+    assert lowered({}, embeds, named, LEVEL, default_budget=100) == [
+        None,
+        ("ficoco-v", 100),
+        ("ficoco-v", 48),
+    ]
+    assert lowered({}, LEVEL, geometry=Geometry.none("no images")) == [None]
+    parts = [{"type": "image_url", "image_url": {"url": "a"}, "uuid": "b"}, {"type": "text"}]
+    _, asked = take_settings({"messages": [{"role": "user", "content": parts}]}, "messages")
+    assert [one.named for one in asked.images] == [True]
+
+
+def test_a_model_that_cannot_reduce_does_not_start_under_pressure() -> None:
+    with pytest.raises(PolicyError, match=r"--reduction-pressure.*no images"):
+        Policy(pressure=MARKS).check_model(Geometry.none("no images"))
 
 
 # --- What vLLM tells ------------------------------------------------------------------------
