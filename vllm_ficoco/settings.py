@@ -209,6 +209,8 @@ class Reduction(BaseModel):
         Raises:
             SettingsError: the budget is no whole number in range, and not ``auto``.
         """
+        if isinstance(budget, cls):  # what the word auto came to
+            return budget
         if _is_auto(budget):
             return AutoBudget()
         if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= MAX_BUDGET:

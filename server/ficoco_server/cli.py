@@ -38,12 +38,13 @@ comes with the package:
 """
 FLAGS = (
     ("default-method", "METHOD", "method where a request names none (default: ficoco-v)"),
-    ("default-budget", "TOKENS", "budget where a request has none (default: the largest, or all)"),
+    ("default-budget", "TOKENS", "or auto; where a request has none (default: the largest, or all)"),
     ("min-budget", "TOKENS", "smallest budget that a request may ask for (default: 1)"),
     ("max-budget", "TOKENS", "largest; images may then not stay unreduced (default: no limit)"),
     ("methods", "NAMES", "methods that a request may name, with commas (default: all)"),
     ("low-budget", "TOKENS", 'budget of "detail": "low" (default: a ninth of the tokens)'),
     ("high-budget", "TOKENS", 'budget of "detail": "high" (default: no reduction)'),
+    ("auto-budgets", "LIST", "among which auto chooses (default: 1,1/3,2/9,1/9 of the tokens)"),
     ("pressure", "HIGH:LOW", "loads at which budgets begin and end to yield (default: never)"),
 )  # fmt: skip
 

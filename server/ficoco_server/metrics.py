@@ -55,6 +55,13 @@ BLOCKS_SAVED = _once(
     "KV cache blocks, as vLLM counts them, that dropped visual tokens would have filled.",
     ["method"],
 )
+AUTO_BUDGETS = _once(
+    Counter,
+    "vllm_ficoco_auto_budgets_total",
+    "Images with the budget auto that were prefilled, by the rung that they came to: a share of "
+    "the N tokens of an image (N, N/3) or a number.",
+    ["rung"],
+)
 REQUESTS = _once(
     Counter,
     "vllm_ficoco_requests_total",
@@ -126,6 +133,8 @@ class Prefilled(NamedTuple):
     """Visual tokens by what the series calls the stage."""
     bytes_saved: int
     blocks_saved: float
+    rung: str = ""
+    """What the budget auto has come to; empty for another."""
 
 
 class Observation:
@@ -211,11 +220,13 @@ class Observation:
     def _start(self) -> None:
         """The prompt is in the KV cache: its tokens count."""
         self._started = True
-        for method, tokens, bytes_saved, blocks_saved in self._images:
+        for method, tokens, bytes_saved, blocks_saved, rung in self._images:
             for stage, count in tokens.items():
                 VISUAL_TOKENS.labels(stage, method).inc(count)
             BYTES_SAVED.labels(method).inc(bytes_saved)
             BLOCKS_SAVED.labels(method).inc(blocks_saved)
+            if rung:
+                AUTO_BUDGETS.labels(rung).inc()
         if self._lowered:
             LOWERED.labels(self.method).inc()
 

@@ -17,7 +17,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from ficoco_server.metrics import Observation
 from ficoco_server.resolve import DETAIL_KEY, Level, Settled, detail_of
-from vllm_ficoco.settings import BUDGET_KEY, REDUCTION_KEY, SettingsError
+from vllm_ficoco.settings import AUTO, BUDGET_KEY, REDUCTION_KEY, SettingsError
 
 OUR_KEYS = (BUDGET_KEY, REDUCTION_KEY)
 IMAGE_KEYS = (*OUR_KEYS, DETAIL_KEY)
@@ -48,8 +48,15 @@ class ReductionFields(BaseModel):
 
     # Any: judged later, with one message for every mistake; the schema is for the API's docs.
     visual_token_budget: Annotated[
-        Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})
-    ] = Field(default=None, description="Visual tokens that every image of the request may keep.")
+        Any,
+        WithJsonSchema(
+            {"anyOf": [{"type": "integer", "minimum": 1}, {"const": AUTO}, {"type": "null"}]}
+        ),
+    ] = Field(
+        default=None,
+        description="Visual tokens that every image of the request may keep, or 'auto': by what is "
+        "in it.",
+    )
     reduction: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]})] = (
         Field(default=None, description="Method, budget and options; see GET /v1/reduction.")
     )

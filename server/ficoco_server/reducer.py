@@ -25,7 +25,15 @@ from vllm_ficoco.engine.gaps import Run, held_of
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.models.processing import COUNTS_KEY, RefusedImage, RefusedPositions
 from vllm_ficoco.plugin import MODELS
-from vllm_ficoco.settings import NO_REDUCTION, Reduction, SettingsError, ShareOfTokens
+from vllm_ficoco.settings import (
+    AUTO,
+    NO_REDUCTION,
+    AutoBudget,
+    OfLadder,
+    Reduction,
+    SettingsError,
+    ShareOfTokens,
+)
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
 from vllm_ficoco.vision.layout import Layout
 
@@ -117,8 +125,9 @@ class Reducer:
                 bool(request._lowers),
             )
             settings = [image.reduction for image in request._settled]
-            if not self.geometry.by_image:
-                _refuse_whole_prompts(request, settings)
+            # Not by what is in an image: of a ladder, whatever it comes to.
+            waiting = [r for r in settings if isinstance(r, OfLadder)]
+            _refuse_whole_prompts(request, waiting if self.geometry.by_image else settings)
             return settings
         except SettingsError as error:
             raise _refusal(request, error) from None
@@ -129,13 +138,16 @@ class Reducer:
         Raises:
             VLLMValidationError: those of an image cannot be used.
         """
-        images = request._settled
-        if not self.geometry.by_image:
-            return [image.reduction for image in images]  # that was seen to at once
+        images, made = request._settled, engine_input.get(COUNTS_KEY, ())
+        if not self.geometry.by_image:  # all but what waits for the image was seen to at once
+            if not any(isinstance(image.reduction, OfLadder) for image in images):
+                return [image.reduction for image in images]
+            return [packed.reduction for packed in made]
         try:
             settings = [
-                packed.layout and fit(self.policy, image, self.geometry, packed.layout)
-                for image, packed in zip(images, engine_input.get(COUNTS_KEY, ()), strict=False)
+                packed.layout
+                and fit(self.policy, image, self.geometry, packed.layout, packed.reduction)
+                for image, packed in zip(images, made, strict=False)
             ]
             _refuse_whole_prompts(request, settings)
             return settings
@@ -308,9 +320,19 @@ class Reducer:
         return True
 
     def report(
-        self, settings: Sequence[Reduction | None], embeds: Sequence[bool], engine_input: Any
+        self,
+        settings: Sequence[Reduction | None],
+        embeds: Sequence[bool],
+        engine_input: Any,
+        asked: Sequence[Reduction | None] = (),
     ) -> dict[str, Any] | None:
         """What the engine was given, read from its input; None for a request without images.
+
+        Args:
+            settings: of every image.
+            embeds: which of them come as embeddings.
+            engine_input: what the processor has made of the prompt.
+            asked: the settings before their images were seen, to name those that waited for them.
 
         Raises:
             RuntimeError: it is not what the settings say.
@@ -356,6 +378,9 @@ class Reducer:
                 settings, before, kept, by_stage, strict=True
             )
         ]
+        for image, waited in zip(images, asked, strict=False):
+            if isinstance(waited, AutoBudget):
+                image["requested"] = AUTO
         methods, budgets = ({image[key] for image in images} for key in ("method", "budget"))
         text, layers = prompt - sum(entering), self.decoder.layers
         in_layers = sum(schedule.total_over_layers(held, spans) for held in by_stage)
@@ -397,12 +422,16 @@ class Reducer:
             if len(spans) > 1:
                 tokens |= {f"layer_{n}": held for n, held in zip(starts, by_stage, strict=True)}
             left = [before - held for held in by_stage]
+            rung = ""
+            if image.get("requested") == AUTO:
+                rung = self.policy.auto().rung_name(image["budget"] or before, before)
             images.append(
                 Prefilled(
                     image["method"],
                     tokens,
                     schedule.total_over_layers(left, spans) * per_layer,
                     schedule.total_over_layers(left, groups) / self.block_size,
+                    rung,
                 )
             )
         return images
@@ -455,6 +484,14 @@ class Reducer:
                 "method": policy.default_method,
                 "budget": policy.default_budget,
                 "detail": details,
+            },
+            "auto": {
+                "budgets": [
+                    schedule.rung_name(schedule.rung(entry)).replace("/", " / ")
+                    for entry in policy.auto_budgets
+                ],
+                "meaning": "one of these for each image, by what is in it, within the policy's "
+                "limits; N is what it has unreduced",
             },
             "policy": {
                 "methods": [

@@ -144,7 +144,7 @@ class ReductionRenderer(OnlineRenderer):
                 media_io_kwargs=request.media_io_kwargs,
                 trust_request_mm_kwargs=self.trust_request_mm_kwargs,
             )
-            # As they are: a share of an image's tokens has no form that a client could send.
+            # As they are: what waits for the image has no form that a client could send.
             request.mm_processor_kwargs = {**(theirs or {}), REDUCTION_KEY: settings}
             render = self.trusting.preprocess_chat
         else:
@@ -166,7 +166,8 @@ class ReductionRenderer(OnlineRenderer):
         request._seen.expect(settings)
         self.reducer.refuse_too_long(request, settings, embeds, engine_input)
         self.reducer.refuse_too_many(request, settings, embeds, engine_input)
-        request._report = self.reducer.report(settings, embeds, engine_input)
+        asked = [image.reduction for image in request._settled]
+        request._report = self.reducer.report(settings, embeds, engine_input, asked)
         request._seen.describe(self.reducer.prefilled(request._report))
         return rendered
 

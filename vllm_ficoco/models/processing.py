@@ -34,10 +34,14 @@ from vllm_ficoco.packed import PACKED_FIELD, Packed, pack
 from vllm_ficoco.settings import (
     BUDGET_KEY,
     REDUCTION_KEY,
+    AutoBudget,
+    Lowered,
+    OfLadder,
     Reduction,
     SettingsError,
     per_image,
 )
+from vllm_ficoco.vision.complexity import UnknownPixels, asks_for
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
 from vllm_ficoco.vision.layout import Layout
 
@@ -49,6 +53,10 @@ _EMBEDDINGS = (ImageEmbeddingItems, DictEmbeddingItems)
 
 _KEPT = "-kept"
 """Before the number of its visual tokens in the hash of a reduced image."""
+
+
+_REMEMBERED = 65536
+"""Images with a uuid of which it is remembered what ``auto`` came to."""
 
 
 def tokens_by_hash(mm_hash: str, geometry: Geometry) -> int:
@@ -64,6 +72,19 @@ def tokens_by_hash(mm_hash: str, geometry: Geometry) -> int:
 def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
     """What the Hugging Face processor may see."""
     return {k: v for k, v in kwargs.items() if k not in (BUDGET_KEY, REDUCTION_KEY)}
+
+
+def _key(kwargs: Mapping[str, object]) -> str:
+    """Which of the two keys the settings stand under."""
+    return BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
+
+
+def _within(kwargs: Mapping[str, object], image: int) -> str:
+    """Where an image's settings stand, for messages."""
+    key = _key(kwargs)
+    value = kwargs.get(key)
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    return f"{key}[{image}]" if listed else key
 
 
 class ScaledImages(ImageProcessorItems):
@@ -139,6 +160,8 @@ class ReducingProcessor:
                     f"{key} in --mm-processor-kwargs has no effect: a budget belongs to a "
                     "request, or to the defaults of `vllm-ficoco serve`"
                 )
+        self._came_to: dict[tuple[str, str, str], Reduction | None] = {}
+        """Of images with a uuid: what a budget that waits for the image was, for this image."""
 
     def layout_of(
         self, width: int, height: int, kwargs: Mapping[str, object] | None = None
@@ -217,7 +240,7 @@ class ReducingProcessor:
         Raises:
             VLLMValidationError: they cannot be used; vLLM answers with a 400.
         """
-        key = BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
+        key = _key(kwargs)
         try:
             asked = per_image(kwargs, items.get_all_counts().get("image", 0))
             if any(asked) and self.geometry.unsupported:
@@ -227,6 +250,86 @@ class ReducingProcessor:
         except SettingsError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from None
         return asked
+
+    def _choose(self, inputs: ProcessorInputs) -> None:
+        """Put what they come to in place of the budgets of a ladder, before anything is hashed.
+
+        Of an image that is named by its uuid alone, that is what it came to when it was here; where
+        that is not known, the budget stays what it is.
+
+        Raises:
+            VLLMValidationError: as :meth:`_asked`; or an image has pixels that cannot be read.
+            RefusedImage: the settings cannot be followed with any of the budgets.
+        """
+        kwargs, items = inputs.hf_processor_mm_kwargs, inputs.mm_data_items
+        settings = self._asked(kwargs, items)
+        if not any(isinstance(reduction, OfLadder) for reduction in settings):
+            return
+        images: Any = items["image"]
+        uuids = (inputs.mm_uuid_items or {}).get("image") or [None] * len(settings)
+        options = _without_ours(kwargs)
+        for image, reduction in enumerate(settings):
+            if not isinstance(reduction, OfLadder):
+                continue
+            known = (str(uuids[image]), reduction.key, repr(sorted(options.items())))
+            seen = images[image] is not None
+            chosen: Reduction | None = reduction
+            if seen or (isinstance(reduction, Lowered) and not self.geometry.by_image):
+                try:
+                    chosen = self._first_reached(reduction, images, image, options)
+                except SettingsError as error:
+                    raise RefusedImage(image, error, _within(kwargs, image)) from None
+            elif known in self._came_to:
+                chosen = self._came_to[known]
+            if uuids[image] is not None and chosen is not reduction:
+                self._came_to.pop(known, None)
+                self._came_to[known] = chosen  # the last ones are the youngest
+                if len(self._came_to) > _REMEMBERED:
+                    del self._came_to[next(iter(self._came_to))]
+            settings[image] = chosen
+        inputs.hf_processor_mm_kwargs = {**options, _key(kwargs): settings}
+
+    def _first_reached(
+        self, ladder: OfLadder, images: Any, image: int, options: Mapping[str, object]
+    ) -> Reduction | None:
+        """An image's settings with the first budget of its choices that the method can reach.
+
+        Raises:
+            VLLMValidationError: its pixels cannot be read.
+            SettingsError: it can reach none, or something else is wrong.
+        """
+        size = images.get_image_size(image) if self.geometry.by_image else ImageSize(0, 0)
+        tokens = self.layout_of(size.width, size.height, options).sent
+        if isinstance(ladder, AutoBudget):
+            try:
+                choices = ladder.choices(tokens, *asks_for(images.get(image)))
+            except UnknownPixels as error:
+                raise VLLMValidationError(
+                    f"Image {image} cannot have the budget 'auto': {error}", parameter=BUDGET_KEY
+                ) from None
+        else:
+            assert isinstance(ladder, Lowered)
+            choices = ladder.choices(tokens)
+
+        def reached(budget: int) -> SettingsError | None:
+            reduction = ladder.at(budget)
+            try:
+                layout, _ = self._as_tokens(reduction, size, options)
+                self.geometry.kept(reduction, layout=layout)
+            except SettingsError as error:
+                if error.field != "budget":
+                    raise
+                return error
+            return None
+
+        # What is wrong whatever the budget must not hang on what is in the image.
+        refused = reached(ladder.ladder(tokens)[-1])
+        for budget in choices:
+            refused = reached(budget)
+            if refused is None:
+                return ladder.at(budget).for_tokens(tokens)
+        assert refused is not None
+        raise refused
 
     def _fitted(
         self, kwargs: Mapping[str, object], items: MultiModalDataItems
@@ -247,15 +350,15 @@ class ReducingProcessor:
             self.check_embeddings(images)
         if self.geometry.unsupported or isinstance(images, _EMBEDDINGS):
             return [Packed()] * len(asked), items
-        key = BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
-        listed = isinstance(kwargs.get(key), Sequence)
         settled: list[Packed] = []
         sizes: list[ImageSize | None] = []
         options = _without_ours(kwargs)
         for image, reduction in enumerate(asked):
             layout = size = None
             try:
-                if not self.geometry.by_image:
+                if isinstance(reduction, OfLadder):
+                    pass  # of an image that is not here and not known
+                elif not self.geometry.by_image:
                     layout = self.geometry.layout
                 elif images[image] is not None:
                     sent = images.get_image_size(image)
@@ -264,8 +367,7 @@ class ReducingProcessor:
                     self.geometry.kept(reduction, layout=layout)
                     reduction = reduction and reduction.for_tokens(layout.sent)
             except SettingsError as error:
-                within = f"{key}[{image}]" if listed else key
-                raise RefusedImage(image, error, within) from None
+                raise RefusedImage(image, error, _within(kwargs, image)) from None
             settled.append(Packed(reduction, layout))
             sizes.append(size)
         if any(sizes):
@@ -289,14 +391,17 @@ class ReducingProcessor:
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
         """An image's hash depends on its own settings, not on those of its neighbours.
 
-        An unreduced image has the hash that vLLM gives it, so its cached data are shared. Where a
-        layout depends on the image, settings count as they were asked for: an image that is named
-        by its uuid is found by the same hash as one that is there.
+        An unreduced image has the hash that vLLM gives it, so its cached data are shared. Settings
+        count as what they come to for the image; but where a layout depends on the image, and it is
+        named by its uuid, as they were asked for: by its uuid alone it is found by the same hash.
         """
         settled, _ = self._fitted(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
-        settings = [packed.reduction for packed in settled]
-        if self.geometry.by_image:
-            settings = self._asked(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
+        asked = self._asked(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
+        uuids = (inputs.mm_uuid_items or {}).get("image") or [None] * len(asked)
+        settings = [
+            packed.reduction if uuid is None or not self.geometry.by_image else said
+            for packed, said, uuid in zip(settled, asked, uuids, strict=True)
+        ]
         ours = inputs.hf_processor_mm_kwargs
         inputs.hf_processor_mm_kwargs = _without_ours(ours)
         try:
@@ -313,7 +418,9 @@ class ReducingProcessor:
     def _hash(self, plain: str, reduction: Reduction) -> str:
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm  # type: ignore[attr-defined]
         made = MultiModalHasher.hash_kwargs(algorithm, image=plain, reduction=reduction.key)
-        return made if self.geometry.by_image else f"{made}{_KEPT}{self.geometry.kept(reduction)}"
+        if self.geometry.by_image or isinstance(reduction, OfLadder):  # the latter is in no cache
+            return made
+        return f"{made}{_KEPT}{self.geometry.kept(reduction)}"
 
     def _get_cache_missing_items(
         self, cache: Any, mm_data_items: MultiModalDataItems, mm_hashes: MultiModalHashes
@@ -429,6 +536,7 @@ class ReducingProcessor:
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """As vLLM's, and what was settled for every image: the engine does not mind more keys."""
+        self._choose(inputs)
         made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         made[COUNTS_KEY] = inputs.visual_tokens
         return made
