@@ -23,7 +23,12 @@ from vllm_ficoco.cost import Decoder, mlp_width, prefill_flops_ratio
 from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.engine.gaps import Run, held_of
 from vllm_ficoco.methods import METHODS
-from vllm_ficoco.models.processing import COUNTS_KEY, RefusedImage, RefusedPositions
+from vllm_ficoco.models.processing import (
+    COUNTS_KEY,
+    LOWERED_KEY,
+    RefusedImage,
+    RefusedPositions,
+)
 from vllm_ficoco.plugin import MODELS
 from vllm_ficoco.settings import (
     AUTO,
@@ -381,6 +386,9 @@ class Reducer:
         for image, waited in zip(images, asked, strict=False):
             if isinstance(waited, AutoBudget):
                 image["requested"] = AUTO
+        for image, less in zip(images, engine_input.get(LOWERED_KEY, ()), strict=False):
+            if less:
+                image["lowered_by"] = "pressure"
         methods, budgets = ({image[key] for image in images} for key in ("method", "budget"))
         text, layers = prompt - sum(entering), self.decoder.layers
         in_layers = sum(schedule.total_over_layers(held, spans) for held in by_stage)

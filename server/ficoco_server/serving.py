@@ -168,7 +168,10 @@ class ReductionRenderer(OnlineRenderer):
         self.reducer.refuse_too_many(request, settings, embeds, engine_input)
         asked = [image.reduction for image in request._settled]
         request._report = self.reducer.report(settings, embeds, engine_input, asked)
-        request._seen.describe(self.reducer.prefilled(request._report))
+        request._seen.describe(
+            self.reducer.prefilled(request._report),
+            any("lowered_by" in image for image in (request._report or {}).get("images", ())),
+        )
         return rendered
 
     async def render_responses(self, request: Any, **kwargs: Any) -> Any:

@@ -4,20 +4,28 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 from collections import deque
+from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
-from ficoco_server import resolve
+from ficoco_server import cli, resolve
 from ficoco_server.load import watch
 from ficoco_server.policy import Marks, Policy, PolicyError
 from ficoco_server.pressure import Engine, Pressure, load
-from ficoco_server.protocol import take_settings
+from ficoco_server.protocol import ChatRequest, take_settings
+from ficoco_server.reducer import Reducer
 from ficoco_server.resolve import Level
+from ficoco_server.serving import ReductionRenderer
+from tests.server import conftest
+from tests.server.conftest import MODEL, TOKENS, Server, eventually, input_image, turn, user, value
 from vllm_ficoco.settings import AutoBudget, Lowered, SettingsError
 from vllm_ficoco.vision.geometry import Geometry
 
@@ -386,3 +394,173 @@ def test_a_server_that_cannot_know_its_load_does_not_start(how: dict[str, Any], 
     with pytest.raises(PolicyError, match="--reduction-pressure") as refused:
         watch(Client(**how), Policy(pressure=MARKS))
     assert flag in str(refused.value)
+
+
+# --- Over HTTP ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a KV cache of 79 blocks of 32 tokens, and low marks."""
+    log = tmp_path_factory.mktemp("small") / "log"
+    pool = ["--block-size=32", "--num-gpu-blocks-override=80", "--max-num-seqs=64"]
+    flags = ["--reduction-pressure=0.4:0.3", "--reduction-default-budget=100"]
+    command = ["ficoco_server.cli", "serve", MODEL, *pool, *flags]
+    with conftest.running(command, log, VLLM_ENABLE_RESPONSES_API_STORE="1") as started:
+        yield started
+
+
+@contextlib.contextmanager
+def crowded(server: Server) -> Iterator[None]:
+    """While a long answer about four whole images is on its way: a quarter of the cache and more,
+    as much again for whoever comes."""
+    body = {
+        "model": MODEL,
+        "messages": user(*[conftest.image(seed) for seed in range(4)]),
+        "reduction": {"method": "none"},
+        "max_tokens": 1400,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        chunks = answer.iter_lines()
+        assert '"error"' not in next(chunks)
+        yield
+        gauge = value(server.metrics(), "vllm:num_requests_running")
+        assert gauge, "the long answer has ended before the test did"
+
+
+def chat(server: Server, *parts: dict[str, Any], **said: Any) -> list[dict[str, Any]]:
+    """The reports of a request's images."""
+    body = {"model": MODEL, "messages": user(*parts), "max_tokens": 2, **said}
+    answer = server.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    if said.get("stream"):
+        lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+        reports = [r for line in lines[:-1] if (r := json.loads(line).get("reduction"))]
+        assert reports and all(report == reports[0] for report in reports)
+        images = reports[0]["images"]
+    else:
+        images = answer.json()["reduction"]["images"]
+    return images
+
+
+def respond(server: Server, items: list[Any], **said: Any) -> dict[str, Any]:
+    body = {"model": MODEL, "input": items, "max_output_tokens": 2, **said}
+    answer = server.http.post("/v1/responses", json=body)
+    assert answer.status_code == 200, answer.text
+    if not said.get("stream"):
+        return answer.json()
+    lines = [x.removeprefix("data: ") for x in answer.text.splitlines() if x.startswith("data: ")]
+    return json.loads(lines[-1])["response"]
+
+
+def held(images: list[dict[str, Any]]) -> list[tuple[int, str | None]]:
+    assert all(image["visual_tokens_kept"] == (image["budget"] or TOKENS) for image in images)
+    return [(image["visual_tokens_kept"], image.get("lowered_by")) for image in images]
+
+
+LESS, USUAL = (48, "pressure"), (100, None)
+
+
+@pytest.mark.server
+def test_a_crowded_server_gives_less_and_says_so(small: Server) -> None:
+    def lowered() -> float:
+        return value(small.metrics(), "vllm_ficoco_lowered_total", method="ficoco-v")
+
+    assert held(chat(small, conftest.image(10))) == [USUAL]
+    about = small.http.get("/v1/reduction").json()["pressure"]
+    assert (about["high"], about["low"], about["on"]) == (0.4, 0.3, False)
+    before = lowered()
+    with crowded(small):
+        assert held(chat(small, conftest.image(11), conftest.image(12))) == [LESS] * 2
+        assert held(chat(small, conftest.image(13), stream=True)) == [LESS]
+        first = respond(small, turn(input_image(14)))
+        assert held(first["reduction"]["images"]) == [LESS]
+        streamed = respond(small, turn(input_image(15)), stream=True)
+        assert held(streamed["reduction"]["images"]) == [LESS]
+        # Images of earlier turns follow the request.
+        more = respond(small, turn(input_image(16)), previous_response_id=first["id"])
+        assert held(more["reduction"]["images"]) == [LESS] * 2
+        about = small.http.get("/v1/reduction").json()["pressure"]
+        assert about["on"] is True and about["load"] >= 0.2
+        series = small.metrics("vllm_ficoco")
+        assert value(series, "vllm_ficoco_pressure") == 1
+        assert value(series, "vllm_ficoco_pressure_load") >= 0.2
+        assert lowered() - before == 5, "requests, of however many images"
+    # Its client has gone, and the engine, idle now, says no more.
+    assert eventually(lambda: value(small.metrics(), "vllm_ficoco_pressure") == 0)
+    assert value(small.metrics(), "vllm_ficoco_pressure_load") == 0
+    assert held(chat(small, conftest.image(11))) == [USUAL]
+    again = respond(small, turn(input_image(16)), previous_response_id=first["id"])
+    assert held(again["reduction"]["images"]) == [USUAL] * 2
+    assert lowered() - before == 5
+
+
+@pytest.mark.server
+def test_whoever_says_a_budget_gets_it(small: Server) -> None:
+    with crowded(small):
+        assert held(chat(small, conftest.image(20), visual_token_budget=90)) == [(90, None)]
+        none = {"method": "none"}
+        assert held(chat(small, conftest.image(21), reduction=none)) == [(TOKENS, None)]
+        details = [conftest.image(22, detail=one) for one in ("high", "low", "auto")]
+        assert held(chat(small, *details)) == [(TOKENS, None), (16, None), LESS]
+        [image] = chat(small, conftest.image(23), reduction={"method": "topk"})
+        assert held([image]) == [LESS] and image["method"] == "topk"
+        # What is refused is refused as ever.
+        body = {"model": MODEL, "messages": user({"type": "image_url", "image_url": {"url": "x"}})}
+        assert small.http.post("/v1/chat/completions", json=body).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("0.85:0.9", "as in 0.85:0.7"), ("2", "not above 1"), ("x", "--reduction-pressure")],
+)
+def test_a_wrong_mark_is_one_line(
+    wrong: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    for name in ("FICOCO_PRESSURE", "VLLM_PLUGINS", "HF_HUB_OFFLINE", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.setenv(name, "1")  # all that the command sets, to be restored behind it
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    with pytest.raises(SystemExit):
+        cli.main(["serve", MODEL, "--reduction-pressure", wrong])
+    assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["run-batch", "--reduction-pressure", "0.85", "-i", "a", "-o", "b"])
+    assert "is for servers" in capsys.readouterr().err
+
+
+async def test_nothing_is_refused_for_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method inside the decoder does not go with prompt_logprobs; unreduced images do."""
+    policy = Policy(default_method="fastv", pressure=MARKS)
+    reducer = Reducer.__new__(Reducer)
+    reducer.policy, reducer.geometry = policy, TINY._replace(decoder_layers=6, starts=(2,))
+    reducer.pressure = Pressure(MARKS, lambda entering: 1.0)
+    renderer = ReductionRenderer.__new__(ReductionRenderer)
+    renderer.reducer = reducer
+    lowers = []
+
+    async def settle_only(request: Any, messages: Any) -> Any:
+        lowers.append(request._lowers)
+        return reducer.settle(request, messages)
+
+    monkeypatch.setattr(renderer, "_preprocess", settle_only)
+    body = {"model": MODEL, "messages": user(conftest.image(1))}
+    for more, settings, tried in (
+        ({}, [Lowered], [True]),
+        ({"prompt_logprobs": 1}, [type(None)], [True, False]),
+    ):
+        lowers.clear()
+        request = ChatRequest.model_validate(body | more)
+        settled = await renderer.preprocess_chat(request, request.messages)
+        assert [type(one) for one in settled] == settings and lowers == tried
+    said = {"reduction": {"method": "fastv", "budget": 100}, "prompt_logprobs": 1}
+    lowers.clear()
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
+        request = ChatRequest.model_validate(body | said)
+        await renderer.preprocess_chat(request, request.messages)
+    assert lowers == [True], "once is enough: it was not lowered"
