@@ -38,7 +38,7 @@ comes with the package:
 """
 FLAGS = (
     ("default-method", "METHOD", "method where a request names none (default: ficoco-v)"),
-    ("default-budget", "TOKENS", "or auto; where a request has none (default: the largest, or all)"),
+    ("default-budget", "TOKENS", "or auto, where a request has none (default: the largest or all)"),
     ("min-budget", "TOKENS", "smallest budget that a request may ask for (default: 1)"),
     ("max-budget", "TOKENS", "largest; images may then not stay unreduced (default: no limit)"),
     ("methods", "NAMES", "methods that a request may name, with commas (default: all)"),
