@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.v1.metrics.buckets import histogram_buckets
@@ -90,6 +90,27 @@ E2E_LATENCY = _once(
     ["method", "budget"],
     buckets=histogram_buckets("request_latency"),
 )
+LOWERED = _once(
+    Counter,
+    "vllm_ficoco_lowered_total",
+    "Requests that were prefilled with smaller images than they would have had without pressure.",
+    ["method"],
+)
+PRESSURE = _once(
+    Gauge,
+    "vllm_ficoco_pressure",
+    "Whether budgets that nobody has said yield: 1 while they do, 0 where they never do.",
+    [],
+    multiprocess_mode="mostrecent",
+)
+LOAD = _once(
+    Gauge,
+    "vllm_ficoco_pressure_load",
+    "The share of the server that is asked for, which is compared with the marks of pressure: of "
+    "its KV cache or of its places, whichever is larger.",
+    [],
+    multiprocess_mode="mostrecent",
+)
 
 
 def budget_bucket(reduction: Reduction | None) -> str:
@@ -124,6 +145,7 @@ class Observation:
         self.method, self.budget = NO_REDUCTION, TEXT
         self.cancelled = self.failed = False
         self._images: Sequence[Prefilled] = ()
+        self._lowered = False
         self._started = self._ended = False
         self._last: dict[int, float] = {}
 
@@ -135,9 +157,14 @@ class Observation:
             self.method = methods.pop() if len(methods) == 1 else MIXED
             self.budget = budgets.pop() if len(budgets) == 1 else MIXED
 
-    def describe(self, images: Sequence[Prefilled]) -> None:
-        """Say what the images will hold, once the prompt is rendered."""
-        self._images = images
+    def describe(self, images: Sequence[Prefilled], lowered: bool = False) -> None:
+        """Say what the images will hold, once the prompt is rendered.
+
+        Args:
+            images: of the prompt.
+            lowered: some of them hold less than they would without pressure.
+        """
+        self._images, self._lowered = images, lowered
 
     def finish(self, outcome: Outcome) -> None:
         """The end of the request; only the first one counts."""
@@ -200,6 +227,8 @@ class Observation:
             BLOCKS_SAVED.labels(method).inc(blocks_saved)
             if rung:
                 AUTO_BUDGETS.labels(rung).inc()
+        if self._lowered:
+            LOWERED.labels(self.method).inc()
 
     def _tick(self, result: Any) -> None:
         """A result with new tokens has come."""

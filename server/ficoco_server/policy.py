@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -40,9 +40,32 @@ BY_POLICY = "by this server's policy"
 LOW_SHARE = 9
 """``detail: low`` is the number of an image's tokens divided by this, where nothing was set."""
 
+LOW_MARK = 0.8
+"""The low mark where only the high one is given: this share of it."""
+
 
 class PolicyError(ValueError):
     """The server's own configuration is wrong; it must not start."""
+
+
+class Marks(NamedTuple):
+    """At which loads pressure begins and ends."""
+
+    high: float
+    low: float
+
+    @classmethod
+    def parse(cls, text: str) -> Marks:
+        """``0.85:0.7``, or ``0.85``.
+
+        Raises:
+            ValueError: it is not that.
+        """
+        high, colon, low = text.partition(":")
+        marks = cls(float(high), float(low) if colon else LOW_MARK * float(high))
+        if not 0 < marks.low <= marks.high <= 1:
+            raise ValueError(text)
+        return marks
 
 
 class Policy(BaseModel):
@@ -65,6 +88,8 @@ class Policy(BaseModel):
     """Budget of ``detail: high``; by default no reduction."""
     auto_budgets: tuple[str, ...] = AUTO_BUDGETS
     """Among which ``auto`` chooses, descending: shares of an image's tokens or numbers of them."""
+    pressure: Marks | None = None
+    """Loads at which budgets that nobody has said begin and end to yield; by default never."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Policy:
@@ -86,6 +111,8 @@ class Policy(BaseModel):
                 given[name] = _rungs(name, text)
             elif name == "default_method":
                 given[name] = text
+            elif name == "pressure":
+                given[name] = None if text.lower() == NO_REDUCTION else _marks(name, text)
             elif text.lower() != NO_REDUCTION:
                 given[name] = _budget(name, text)
         policy = cls(**given)
@@ -143,6 +170,11 @@ class Policy(BaseModel):
             if self.default_budget is not None:
                 raise PolicyError(
                     "a default or largest budget cannot be kept with this model: "
+                    f"{geometry.unsupported}"
+                )
+            if self.pressure is not None:
+                raise PolicyError(
+                    f"budgets of this model cannot yield to pressure ({_names('pressure')}): "
                     f"{geometry.unsupported}"
                 )
             return
@@ -214,6 +246,17 @@ def _wrong(name: str, text: str, allowed: str) -> PolicyError:
     return PolicyError(
         f"the {name.replace('_', ' ')} {text!r} ({_names(name)}) is not valid: it must be {allowed}"
     )
+
+
+def _marks(name: str, text: str) -> Marks:
+    try:
+        return Marks.parse(text)
+    except ValueError:
+        allowed = (
+            "a share of the server above 0 and not above 1, as in 0.85, or two, as in 0.85:0.7, "
+            "the second not above the first"
+        )
+        raise _wrong(name, text, allowed) from None
 
 
 def _budget(name: str, text: str) -> int:

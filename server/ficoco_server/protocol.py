@@ -63,6 +63,8 @@ class ReductionFields(BaseModel):
 
     _asked: Asked = PrivateAttr(default=Asked())
     _settled: list[Settled] = PrivateAttr(default_factory=list)
+    _lowers: bool | None = PrivateAttr(default=None)
+    """Whether budgets of its that nobody has said are a rung lower; None before that is decided."""
     _seen: Observation = PrivateAttr(default_factory=Observation)
     _report: dict[str, Any] | None = PrivateAttr(default=None)
 
@@ -209,7 +211,8 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
         twice = {key: said[key] for key in said if inside.get(key, said[key]) != said[key]}
         refuse(Level(path, twice))
         embeds = "image_embeds" in (part.get("type"), *part)
-        images.append(Level(path, said | inside, embeds=embeds, inside=tuple(inside)))
+        named = part.get("uuid") is not None
+        images.append(Level(path, said | inside, embeds, named, inside=tuple(inside)))
         return _drop(part)
 
     def turn(message: Any, path: str) -> Any:

@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from ficoco_server.metrics import INVALID, MIXED, Prefilled
 from ficoco_server.policy import Policy
+from ficoco_server.pressure import Pressure
 from ficoco_server.protocol import ReductionFields, count_images
 from ficoco_server.resolve import Level, as_written, fit, settled
 from vllm_ficoco import schedule
@@ -22,7 +23,12 @@ from vllm_ficoco.cost import Decoder, mlp_width, prefill_flops_ratio
 from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.engine.gaps import Run, held_of
 from vllm_ficoco.methods import METHODS
-from vllm_ficoco.models.processing import COUNTS_KEY, RefusedImage, RefusedPositions
+from vllm_ficoco.models.processing import (
+    COUNTS_KEY,
+    LOWERED_KEY,
+    RefusedImage,
+    RefusedPositions,
+)
 from vllm_ficoco.plugin import MODELS
 from vllm_ficoco.settings import (
     AUTO,
@@ -77,6 +83,8 @@ class Reducer:
             self.geometry = Geometry.none("this server takes no images")
         self.largest: Layout | None = None
         """Of the image that has most tokens; None where nothing can be reduced."""
+        self.pressure = Pressure()
+        """On the server."""
         self.most_inputs = 1
         """Thumbnail and tiles of the image that has most."""
         if self.geometry.by_image:
@@ -116,7 +124,11 @@ class Reducer:
             images = request._asked.images
             earlier = max(count_images(messages) - len(images), 0)
             request._settled = settled(
-                self.policy, request.level, [Level()] * earlier + [*images], self.geometry
+                self.policy,
+                request.level,
+                [Level()] * earlier + [*images],
+                self.geometry,
+                bool(request._lowers),
             )
             settings = [image.reduction for image in request._settled]
             # Not by what is in an image: of a ladder, whatever it comes to.
@@ -375,6 +387,9 @@ class Reducer:
         for image, waited in zip(images, asked, strict=False):
             if isinstance(waited, AutoBudget):
                 image["requested"] = AUTO
+        for image, less in zip(images, engine_input.get(LOWERED_KEY, ()), strict=False):
+            if less:
+                image["lowered_by"] = "pressure"
         methods, budgets = ({image[key] for image in images} for key in ("method", "budget"))
         text, layers = prompt - sum(entering), self.decoder.layers
         in_layers = sum(schedule.total_over_layers(held, spans) for held in by_stage)
@@ -498,6 +513,7 @@ class Reducer:
                 "min_budget": policy.min_budget,
                 "max_budget": policy.max_budget,
             },
+            "pressure": self.pressure.describe(),
             "methods": [
                 {
                     "name": method.name,

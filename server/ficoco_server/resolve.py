@@ -21,6 +21,7 @@ from vllm_ficoco.settings import (
     NO_REDUCTION,
     REDUCTION_KEY,
     AutoBudget,
+    Lowered,
     OfLadder,
     Reduction,
     SettingsError,
@@ -52,6 +53,8 @@ class Level(NamedTuple):
     """Our keys as they were sent, nulls left out."""
     embeds: bool = False
     """The image comes as embeddings, which cannot be reduced."""
+    named: bool = False
+    """The image has a ``uuid``, by which it is found again, together with its settings."""
     inside: tuple[str, ...] = ()
     """Keys that stood in the image's ``image_url``."""
 
@@ -70,6 +73,8 @@ class Wish(NamedTuple):
     options: Mapping[str, Any] = {}
     field: str = ""
     """Where it was said; empty for the server's default."""
+    said: bool = False
+    """How many tokens was said, too: this budget is no default of the server's."""
 
 
 class Settled(NamedTuple):
@@ -84,15 +89,26 @@ class Settled(NamedTuple):
 
 
 def settled(
-    policy: Policy, request: Level, images: Sequence[Level], geometry: Geometry
+    policy: Policy,
+    request: Level,
+    images: Sequence[Level],
+    geometry: Geometry,
+    lower: bool = False,
 ) -> list[Settled]:
     """What holds for every image of a request; where its size matters, before :func:`fit`.
 
     The nearest wins, part by part: a budget on an image goes with the method that the request
     names around it.
 
+    Args:
+        policy: of the server.
+        request: what is said on the request.
+        images: what is said on each image.
+        geometry: of the model.
+        lower: budgets that nobody has said, and those of ``auto``, are a rung lower.
+
     Raises:
-        SettingsError: what was said cannot be used here.
+        SettingsError: what was said cannot be used here; nothing more than without ``lower``.
     """
     general = _narrow(policy, _default(policy), request, geometry)
     if not images and general.field and general.method != NO_REDUCTION:
@@ -101,7 +117,10 @@ def settled(
     known = not geometry.unsupported and not geometry.by_image
     admitted = []
     for image in images:
-        one = _admit(policy, _narrow(policy, general, image, geometry), image, geometry)
+        wish = _narrow(policy, general, image, geometry)
+        one = _admit(policy, wish, image, geometry)
+        if lower and not geometry.unsupported:
+            one = _lowered(policy, wish, one, image)
         if known and not isinstance(one.reduction, OfLadder):
             one = one._replace(reduction=fit(policy, one, geometry, geometry.layout))
         admitted.append(one)
@@ -173,7 +192,7 @@ def _narrow(policy: Policy, around: Wish, level: Level, geometry: Geometry) -> W
         return around
     if said.get("method") == NO_REDUCTION:
         Reduction.parse(said, field)
-        return Wish(NO_REDUCTION, None, field=field)
+        return Wish(NO_REDUCTION, None, field=field, said=True)
     if around.method == NO_REDUCTION:  # said farther away: no more than "not by default"
         around = _default(policy)
     if said.get("budget") == AUTO:
@@ -193,12 +212,13 @@ def _narrow(policy: Policy, around: Wish, level: Level, geometry: Geometry) -> W
         settings["budget"] = budget
     if isinstance(budget, AutoBudget):
         settings["budget"] = AUTO
+    counted = around.said or "budget" in said
     if field.endswith(REDUCTION_KEY):
         checked = Reduction.parse(settings, field)
-        return Wish(checked.method, budget, checked.options, field)
+        return Wish(checked.method, budget, checked.options, field, counted)
     if not isinstance(budget, Waiting):
         Reduction.of_budget(budget, field)
-    return Wish(method, budget, options, field)
+    return Wish(method, budget, options, field, counted)
 
 
 def _read(policy: Policy, level: Level, geometry: Geometry) -> tuple[dict[str, Any] | None, str]:
@@ -280,6 +300,29 @@ def _admit(policy: Policy, wish: Wish, image: Level, geometry: Geometry) -> Sett
     if geometry.by_image:  # what the model lacks for the method, whatever the image
         geometry.check_method(reduction, field)
     return Settled(reduction, field)
+
+
+def _lowered(policy: Policy, wish: Wish, settled: Settled, image: Level) -> Settled:
+    """What was settled for an image, a rung lower if its budget is the server's affair.
+
+    One with a uuid keeps its settings, or it would not be found by its uuid when they are others.
+    """
+    automatic = isinstance(settled.reduction, AutoBudget)
+    by_stage = wish.options.get("tokens") is not None
+    if image.embeds or image.named or by_stage or (wish.said and not automatic):
+        return settled
+    if isinstance(settled.reduction, AutoBudget):
+        return settled._replace(reduction=settled.reduction.model_copy(update={"lower": 1}))
+    assert not isinstance(wish.budget, Waiting)
+    lower = Lowered(
+        method=wish.method,
+        options=dict(wish.options),
+        rungs=policy.auto_budgets,
+        least=policy.min_budget,
+        most=policy.max_budget,
+        above=wish.budget,
+    )
+    return settled._replace(reduction=lower)
 
 
 def _word(budget: int | Waiting | None) -> int | str | None:

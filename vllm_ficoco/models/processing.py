@@ -48,6 +48,9 @@ from vllm_ficoco.vision.layout import Layout
 
 COUNTS_KEY = "visual_tokens"
 """In the engine input that the processor makes: a list of :class:`Packed`, one an image."""
+LOWERED_KEY = "lowered_visual_tokens"
+"""There, too: which images hold less than they would if nothing had been lowered; empty, if nothing
+was to be."""
 
 QUESTIONS_KEY = "reduction_questions"
 """Among processor options, where :meth:`ReducingProcessor.apply` puts the question of every image
@@ -277,6 +280,7 @@ class ReducingProcessor:
         images: Any = items["image"]
         uuids = (inputs.mm_uuid_items or {}).get("image") or [None] * len(settings)
         options = _without_ours(kwargs)
+        inputs.lowered = [False] * len(settings)
         for image, reduction in enumerate(settings):
             if not isinstance(reduction, OfLadder):
                 continue
@@ -285,7 +289,8 @@ class ReducingProcessor:
             chosen: Reduction | None = reduction
             if seen or (isinstance(reduction, Lowered) and not self.geometry.by_image):
                 try:
-                    chosen = self._first_reached(reduction, images, image, options)
+                    chosen, less = self._first_reached(reduction, images, image, options)
+                    inputs.lowered[image] = less
                 except SettingsError as error:
                     raise RefusedImage(image, error, _within(kwargs, image)) from None
             elif known in self._came_to:
@@ -300,8 +305,9 @@ class ReducingProcessor:
 
     def _first_reached(
         self, ladder: OfLadder, images: Any, image: int, options: Mapping[str, object]
-    ) -> Reduction | None:
-        """An image's settings with the first budget of its choices that the method can reach.
+    ) -> tuple[Reduction | None, bool]:
+        """An image's settings with the first budget of its choices that the method can reach, and
+        whether they are less than if nothing had been lowered.
 
         Raises:
             VLLMValidationError: its pixels cannot be read.
@@ -311,14 +317,17 @@ class ReducingProcessor:
         tokens = self.layout_of(size.width, size.height, options).sent
         if isinstance(ladder, AutoBudget):
             try:
-                choices = ladder.choices(tokens, *asks_for(images.get(image)))
+                asks = asks_for(images.get(image))
             except UnknownPixels as error:
                 raise VLLMValidationError(
                     f"Image {image} cannot have the budget 'auto': {error}", parameter=BUDGET_KEY
                 ) from None
+            choices = ladder.choices(tokens, *asks)
+            usual = ladder.model_copy(update={"lower": 0}).choices(tokens, *asks)[0]
         else:
             assert isinstance(ladder, Lowered)
             choices = ladder.choices(tokens)
+            usual = choices[-1]
 
         def reached(budget: int) -> SettingsError | None:
             reduction = ladder.at(budget)
@@ -336,7 +345,7 @@ class ReducingProcessor:
         for budget in choices:
             refused = reached(budget)
             if refused is None:
-                return ladder.at(budget).for_tokens(tokens)
+                return ladder.at(budget).for_tokens(tokens), budget < usual
         assert refused is not None
         raise refused
 
@@ -608,4 +617,5 @@ class ReducingProcessor:
         finally:
             inputs.hf_processor_mm_kwargs = ours
         made[COUNTS_KEY] = inputs.visual_tokens
+        made[LOWERED_KEY] = getattr(inputs, "lowered", ())
         return made
