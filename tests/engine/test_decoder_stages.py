@@ -396,7 +396,7 @@ def tight(checkpoint: Path) -> Iterator[Engine]:
 
 def random_ask(lot: random.Random) -> Ask:
     """A request of any kind, from a few images and words."""
-    looking = ["a-score", "fastv", "dart", "sparsevlm", "pyramiddrop", "ficoco-l", "sieve"]
+    looking = ["a-score", "fastv", "dart", "sparsevlm", "pyramiddrop", "ficoco-l"]
     methods = ["k-norm", "v-norm", *looking]
     settings: list[dict | None] = []
     for _ in range(lot.choice((0, 1, 1, 1, 2))):
