@@ -214,9 +214,9 @@ def test_words_that_are_not_known(server: Server, said: dict[str, Any], param: s
     ("fields", "fragment"),
     [
         ({"messages": user(), **AUTO}, "no images"),
-        ({"reduction": {"method": "random", "budget": "auto"}}, "one of ficoco-v, tome"),
+        ({"reduction": {"method": "random", "budget": "auto"}}, "one of score, ficoco-v, tome"),
         ({"reduction": {"budget": "auto", "rungs": ["1"]}}, "left out; known here"),
-        ({"reduction": {"method": "fastv", "budget": "auto"}}, "one of ficoco-v, tome"),
+        ({"reduction": {"method": "fastv", "budget": "auto"}}, "one of score, ficoco-v, tome"),
         ({"reduction": {"budget": "auto", "options": {"newlines": "all"}}}, "no newline tokens"),
     ],
 )
