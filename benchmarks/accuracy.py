@@ -4,13 +4,18 @@
     python benchmarks/accuracy.py --serve tiny-llava --ablations         # RESULTS.md's tables
     python benchmarks/accuracy.py --base-url http://127.0.0.1:8000/v1    # a server that runs
     python benchmarks/accuracy.py --in-process tiny-llava                # no HTTP, as the tests do
+    python benchmarks/accuracy.py --in-process tiny-llava --world printed    # another world
+    python benchmarks/accuracy.py --compare reports/accuracy*            # all worlds, all budgets
 
-Questions to generated scenes (:mod:`vllm_ficoco.tiny_llava.scenes`), drawn from a fixed seed,
-greedy answers, exact match; existence tasks also as F1 of "yes", as POPE counts. Every answer is
-written to ``answers.jsonl`` as it comes, so a run that was stopped goes on where it was, and a run
-with other settings adds to it; what other weights or other questions have left is refused. From all
-settings that were asked as many questions, ``results.json``, ``table.md``, ``ablations.md``,
-``decoder.md``, ``decoder-ablations.md`` and plots are made.
+Questions to generated scenes (:mod:`vllm_ficoco.tiny_llava.scenes` and ``worlds``), drawn from a
+fixed seed, greedy answers, exact match; existence tasks also as F1 of "yes", as POPE counts. Every
+answer is written to ``answers.jsonl`` as it comes, so a run that was stopped goes on where it was,
+and a run with other settings adds to it; what other weights or other questions have left is
+refused. From all settings that were asked as many questions, ``results.json``, ``table.md``,
+``ablations.md``, ``decoder.md``, ``decoder-ablations.md`` and plots are made. What is asked the
+same can be compared question by question: every table has a column against one method
+(``--against``) at the same budget, and ``--compare`` makes one table of the answers in several
+folders.
 
 Needs the package's extra ``eval``.
 """
@@ -43,13 +48,17 @@ from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.engine.gaps import Run, held_of
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.schedule import average_over_layers
-from vllm_ficoco.settings import Reduction
+from vllm_ficoco.settings import DEFAULT_METHOD, Reduction
 from vllm_ficoco.tiny_llava import CHECKPOINT
-from vllm_ficoco.tiny_llava.scenes import TASKS, Question, Scene, SceneMaker
+from vllm_ficoco.tiny_llava.scenes import TASKS, Question, Scene
+from vllm_ficoco.tiny_llava.worlds import WORLDS
 from vllm_ficoco.vision.geometry import STAGES_KEY, geometry_of
 
 SEED = 20_000
-"""Of the held-out scenes; training draws from seeds beyond a million."""
+"""Of the held-out scenes of the first world, of the next one more; training draws from seeds beyond
+a million."""
+
+PLAIN = next(iter(WORLDS))
 
 ABLATIONS: tuple[dict[str, Any], ...] = (
     {"lambda": 0.0},  # without local redundancy
@@ -79,6 +88,10 @@ BY_STEPS = {32: ((112, 80, 48), (80, 48, 48)), 16: ((48, 32, 16),)}
 """Tokens from the first stage on, and at each stage, by the size of a KV block: 144 less whole
 blocks, so that all methods hold as much as each other. (48, 32, 16) is a third of 144 on average.
 With one layer that holds all and 16 in the other five it is 38, which is as low as it gets."""
+
+SMALL_BLOCK = 16
+"""Tokens of a KV block where no stage depends on it. vLLM's 128 on a CPU would hold no image of 48
+tokens whole, and compute it anew for every question to it."""
 
 L_ABLATIONS: tuple[dict[str, Any], ...] = (
     {"beta": 0.0},  # without local redundancy
@@ -144,6 +157,10 @@ class Setting(NamedTuple):
         return {"method": self.method, "budget": self.budget, "options": self.options}
 
 
+Asked = Sequence[tuple[Scene, Question]]
+"""Questions, in the order of their indices."""
+
+
 class Answer(NamedTuple):
     """What came back."""
 
@@ -182,9 +199,9 @@ def decoder_settings(block: int) -> list[Setting]:
     ]
 
 
-def held_out(questions: int) -> list[tuple[Scene, Question]]:
-    """The first so many questions to the test scenes, always the same."""
-    maker = SceneMaker(SEED, test=True)
+def held_out(questions: int, world: str = PLAIN) -> list[tuple[Scene, Question]]:
+    """The first so many questions to the test scenes of a world, always the same."""
+    maker = WORLDS[world](SEED + [*WORLDS].index(world), test=True)
     asked: list[tuple[Scene, Question]] = []
     while len(asked) < questions:
         scene = maker.scene()
@@ -306,13 +323,13 @@ class Engine:
         self.block: int = llm.llm_engine.vllm_config.cache_config.block_size
 
     @classmethod
-    def start(cls, model: str, starts: Sequence[int] = (), block: int = 32) -> Engine:
+    def start(cls, model: str, starts: Sequence[int] = (), block: int = SMALL_BLOCK) -> Engine:
         """With a new engine, in float32, which CPUs are quickest at.
 
         Args:
             model: its name.
             starts: first layers of the decoder's stages.
-            block: tokens of a KV block, where there are stages.
+            block: tokens of a KV block.
         """
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -323,19 +340,20 @@ class Engine:
         staged: dict[str, Any] = {}
         if starts:
             overrides = {STAGES_KEY: list(starts)}
-            staged = {"scheduler_cls": SCHEDULER, "hf_overrides": overrides, "block_size": block}
-            if block % 32:
-                # GPUs' blocks of 16: vLLM's CPU kernels compute them rightly, as tests show
-                # (test_stage_variants.py), but vLLM does not offer them.
-                from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+            staged = {"scheduler_cls": SCHEDULER, "hf_overrides": overrides}
+        if block % 32:
+            # GPUs' blocks of 16: vLLM's CPU kernels compute them rightly, as tests show
+            # (test_stage_variants.py), but vLLM does not offer them.
+            from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-                CPUAttentionBackend.get_supported_kernel_block_sizes = lambda *_: [block]
+            CPUAttentionBackend.get_supported_kernel_block_sizes = lambda *_: [block]
         llm = LLM(
             model=path_of(model),
             max_model_len=512,
             dtype="float32",
             enforce_eager=True,
             limit_mm_per_prompt={"image": 1},
+            block_size=block,
             **staged,
         )
         return cls(llm)
@@ -401,28 +419,64 @@ def f1_of_yes(pairs: Iterable[tuple[str, str]]) -> float:
     return 2 * both / (answered + right) if answered + right else 0.0
 
 
-def paired(
-    one: dict[int, Answer], other: dict[int, Answer], asked: Sequence[tuple[Scene, Question]]
-) -> float:
-    """How surely one setting answers better than another that was asked the same questions.
+class Paired(NamedTuple):
+    """How much better one setting answers than another that was asked the same questions."""
 
-    (won - lost) / sqrt(won + lost) of the questions that just one of them answers rightly: the
-    square root of McNemar's statistic; beyond 2 or -2 it is hardly chance.
+    sigma: float
+    """The difference in units of what chance would make of it; beyond 2 or -2 it is hardly chance.
     """
+    points: float
+    """The difference, in percent points of the questions."""
+    reach: float
+    """From there to either end of its 95 % interval."""
+
+    @classmethod
+    def of(cls, gains: Sequence[float], questions: float) -> Paired:
+        """From what was won, net, on every independent draw.
+
+        Args:
+            gains: of a question 1 if it was won, -1 if lost, 0 if both settings answer it rightly
+                or wrongly; of several that hang together the sum. For single questions sigma is
+                (won - lost) / sqrt(won + lost), the square root of McNemar's statistic.
+            questions: how many they are in all.
+        """
+        net, squares = sum(gains), sum(gain * gain for gain in gains)
+        if not squares:
+            return cls(0.0, 0.0, 0.0)
+        variance = max(0.0, squares - net * net / len(gains))
+        return cls(
+            net / math.sqrt(squares), 100 * net / questions, 196 * math.sqrt(variance) / questions
+        )
+
+    def __str__(self) -> str:
+        return f"{self.points:+.1f} ± {self.reach:.1f} ({self.sigma:+.1f} σ)"
+
+
+def gains(one: dict[int, Answer], other: dict[int, Answer], asked: Asked) -> dict[int, int]:
+    """Of every question that both were asked: 1 if only one is right, -1 if only the other."""
 
     def right(given: dict[int, Answer], index: int) -> bool:
         return given[index].text.strip() == asked[index][1].answer
 
-    both = one.keys() & other.keys()
-    won = sum(right(one, i) and not right(other, i) for i in both)
-    lost = sum(right(other, i) and not right(one, i) for i in both)
-    return (won - lost) / math.sqrt(won + lost) if won + lost else 0.0
+    return {i: right(one, i) - right(other, i) for i in sorted(one.keys() & other.keys())}
+
+
+def paired(one: dict[int, Answer], other: dict[int, Answer], asked: Asked) -> Paired:
+    """One setting against another, question by question."""
+    found = gains(one, other, asked)
+    return Paired.of([*found.values()], len(found))
 
 
 def summarise(
-    answers: dict[str, dict[int, Answer]], asked: Sequence[tuple[Scene, Question]]
+    answers: dict[str, dict[int, Answer]], asked: Asked, against: str = DEFAULT_METHOD
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy per task and on average over the tasks, for every setting."""
+    """Accuracy per task and on average over the tasks, for every setting.
+
+    Args:
+        answers: by the settings' names.
+        asked: the questions.
+        against: the method with which every other is compared, with its defaults at as many tokens.
+    """
     results: dict[str, dict[str, Any]] = {}
     for name, given in answers.items():
         by_task: dict[str, list[tuple[str, str]]] = {}
@@ -437,7 +491,14 @@ def summarise(
         average = sum(tasks.values()) / len(tasks)
         total = len(given)
         low, high = interval(round(average * total), total)
-        plain = Setting.of(name).plain.name
+        plain = Setting.of(name).plain
+
+        def pair(other: str, name: str = name) -> Paired | None:
+            known = name != other and other in answers
+            return paired(answers[name], answers[other], asked) if known else None
+
+        own = pair(plain.name)
+        baseline = pair(plain._replace(method=against).name)
         results[name] = {
             "questions": total,
             "tasks": tasks,
@@ -452,9 +513,8 @@ def summarise(
             # Questions differ in length, and with them what a budget saves of a prefill.
             "kv_cache_bytes": _mean(a.kv_bytes for a in given.values()),
             "flops_ratio": _mean(a.flops_ratio for a in given.values()),
-            "paired": (
-                paired(given, answers[plain], asked) if name != plain and plain in answers else None
-            ),
+            "paired": own and own.sigma,
+            "against": baseline and {"method": against, **baseline._asdict()},
         }
     return results
 
@@ -473,6 +533,7 @@ def table(results: dict[str, dict[str, Any]], settings: Sequence[Setting]) -> st
     options = any(s.options for s in rows)
     flops = any(results[s.name]["flops_ratio"] is not None for s in rows)
     pairs = any(results[s.name]["paired"] is not None for s in rows)
+    against = next((r["against"]["method"] for r in results.values() if r["against"]), None)
     heads = [
         "method",
         *(["options"] if options else []),
@@ -483,6 +544,7 @@ def table(results: dict[str, dict[str, Any]], settings: Sequence[Setting]) -> st
         "average (95 %)",
         "of full",
         *(["paired"] if pairs else []),
+        *([f"against {against}"] if against else []),
     ]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for setting in rows:
@@ -499,6 +561,7 @@ def table(results: dict[str, dict[str, Any]], settings: Sequence[Setting]) -> st
             f"{100 * result['average']:.1f} ({low:.1f} to {high:.1f})",
             f"{100 * result['average'] / full:.1f}" if full else "",
             *([_number(result["paired"], "+.1f")] if pairs else []),
+            *([_against(result["against"])] if against else []),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -506,6 +569,87 @@ def table(results: dict[str, dict[str, Any]], settings: Sequence[Setting]) -> st
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
+
+
+def _against(found: dict[str, Any] | None) -> str:
+    return str(Paired(*(found[field] for field in Paired._fields))) if found else ""
+
+
+def comparison(
+    worlds: dict[str, tuple[Asked, dict[str, dict[int, Answer]]]], against: str = DEFAULT_METHOD
+) -> str:
+    """All methods in all worlds at all budgets, the best first, as markdown.
+
+    The last column takes all worlds and budgets together. All questions to one scene count as one
+    draw there, at whatever budget, since they see the same tokens or some of them.
+
+    Args:
+        worlds: of each, the questions and the answers by the settings' names. Settings that have no
+            budget, since their options have the tokens of every stage, are left out.
+        against: the method with which every other is compared, with its defaults.
+    """
+    cells: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
+    for world, (asked, answers) in worlds.items():
+        for name, result in summarise(answers, asked).items():
+            setting = Setting.of(name)
+            if setting.budget and setting.method != "none":
+                row = cells.setdefault((setting.method, setting.variant), {})
+                row[world, setting.budget] = 100 * result["average"]
+    columns = sorted(
+        {column for row in cells.values() for column in row},
+        key=lambda column: ([*worlds].index(column[0]), -column[1]),
+    )
+
+    def total(method: str, variant: str) -> str:
+        scenes: dict[tuple[str, Scene], int] = {}
+        questions = 0
+        for world, budget in columns:
+            asked, answers = worlds[world]
+            options = json.loads(variant) if variant else {}
+            one = answers.get(Setting(method, budget, options).name)
+            other = answers.get(Setting(against, budget).name)
+            if one is None or other is None:
+                continue
+            for index, gain in gains(one, other, asked).items():
+                at = world, asked[index][0]
+                scenes[at] = scenes.get(at, 0) + gain
+                questions += 1
+        if not questions or (method, variant) == (against, ""):
+            return ""
+        return str(Paired.of([*scenes.values()], questions))
+
+    def mean(row: dict[tuple[str, int], float]) -> float | None:
+        return sum(row.values()) / len(row) if len(row) == len(columns) else None
+
+    heads = ["method", "options", *(f"{world} {budget}" for world, budget in columns)]
+    heads += ["mean", f"against {against}"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for (method, variant), row in sorted(cells.items(), key=lambda cell: -(mean(cell[1]) or 0)):
+        shown = [method, f"`{variant}`" if variant else ""]
+        shown += [_number(row.get(column), ".1f") for column in columns]
+        shown += [_number(mean(row), ".2f"), total(method, variant)]
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def compare(folders: Sequence[Path], questions: int, against: str) -> str:
+    """The comparison of what earlier runs have left.
+
+    Raises:
+        SystemExit: they are not of the same weights.
+    """
+    worlds: dict[str, tuple[Asked, dict[str, dict[int, Answer]]]] = {}
+    weights = set()
+    for folder in folders:
+        conditions = json.loads((folder / "conditions.json").read_text())
+        world = conditions.get("world", PLAIN)
+        weights.add(str(conditions["weights"]))
+        asked = worlds[world][0] if world in worlds else held_out(questions, world)
+        answers = whole(load(folder / "answers.jsonl"), asked)
+        worlds[world] = asked, {**worlds.get(world, (asked, {}))[1], **answers}
+    if len(weights) > 1:
+        raise SystemExit(f"{', '.join(map(str, folders))} have answers of different weights")
+    return comparison({world: worlds[world] for world in WORLDS if world in worlds}, against)
 
 
 def plot(
@@ -569,9 +713,22 @@ def load(file: Path) -> dict[str, dict[int, Answer]]:
     return answers
 
 
-def conditions_of(
-    model: str, block: int, asked: Sequence[tuple[Scene, Question]]
-) -> dict[str, Any]:
+def whole(answers: dict[str, dict[int, Answer]], asked: Asked) -> dict[str, dict[int, Answer]]:
+    """The answers to these questions alone, of the settings that were asked all of them.
+
+    An earlier run may have asked more, or fewer; all rows of a table are of the same questions.
+    """
+    answers = {
+        name: {i: answer for i, answer in given.items() if i < len(asked)}
+        for name, given in answers.items()
+    }
+    fewer = [name for name, given in answers.items() if len(given) < len(asked)]
+    if fewer:
+        print(f"{len(fewer)} settings left out, which were asked fewer questions than {len(asked)}")
+    return {name: given for name, given in answers.items() if name not in fewer}
+
+
+def conditions_of(model: str, block: int, asked: Asked, world: str) -> dict[str, Any]:
     """What answers in one folder must have in common, but for the setting."""
     folder = Path(path_of(model))
     weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
@@ -581,6 +738,7 @@ def conditions_of(
     drawn.update(first.text.encode())
     return {
         "model": model,
+        "world": world,
         "weights": [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in weights],
         "first_question": drawn.hexdigest()[:16],
         "block_size": block,
@@ -594,7 +752,8 @@ def same_conditions(out: Path, conditions: dict[str, Any]) -> None:
         SystemExit: answers of other weights, of another model, or to other questions are there.
     """
     file = out / "conditions.json"
-    before = json.loads(file.read_text()) if file.exists() else None
+    # Folders of before there were worlds are of the plain one.
+    before = {"world": PLAIN, **json.loads(file.read_text())} if file.exists() else None
     if before != conditions and (out / "answers.jsonl").exists():
         raise SystemExit(
             f"{out} has answers under other conditions ({before}, now {conditions}): "
@@ -625,6 +784,13 @@ def main() -> None:
     where.add_argument("--base-url", help="an OpenAI-compatible server, with /v1")
     where.add_argument("--serve", metavar="MODEL", help="start a server for it, and stop it")
     where.add_argument("--in-process", metavar="MODEL", help="an engine without HTTP")
+    where.add_argument(
+        "--compare", metavar="FOLDER", nargs="+", type=Path, help="ask nothing; a table of all"
+    )
+    parser.add_argument("--world", default=PLAIN, choices=WORLDS, help="of the scenes")
+    parser.add_argument(
+        "--against", default=DEFAULT_METHOD, choices=METHODS, help="what is compared with"
+    )
     parser.add_argument("--serve-args", default="--dtype float32", help="more flags of the server")
     parser.add_argument("--model", default="tiny-llava", help="name of the model on the server")
     parser.add_argument("--methods", help="only these; else all, before or in the decoder")
@@ -638,12 +804,19 @@ def main() -> None:
     )
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=Path("reports/accuracy"))
+    parser.add_argument("--out", type=Path, help="default: reports/accuracy, or accuracy-WORLD")
     parser.add_argument(
         "--kv-bytes", type=int, default=6144, help="of a token in bf16, for the plots"
     )
     parser.add_argument("--record", type=Path, help="write the averages here, for the tests")
     args = parser.parse_args()
+    if args.compare:
+        print(compare(args.compare, args.questions, args.against), end="")
+        return
+    if args.out is None:
+        args.out = Path(
+            "reports/accuracy" if args.world == PLAIN else f"reports/accuracy-{args.world}"
+        )
     only = args.methods.split(",") if args.methods else []
     settings = settings_of(
         only or before_decoder, [int(b) for b in args.budgets.split(",")], args.tokens
@@ -661,10 +834,10 @@ def main() -> None:
         args.serve_args += f" --block-size {args.block_size}"
     for setting in settings:
         Reduction.parse(setting.reduction)
-    asked = held_out(args.questions)
+    asked = held_out(args.questions, args.world)
     args.out.mkdir(parents=True, exist_ok=True)
     model = args.serve or args.in_process or args.model
-    same_conditions(args.out, conditions_of(model, args.block_size, asked))
+    same_conditions(args.out, conditions_of(model, args.block_size, asked, args.world))
     log = args.out / "answers.jsonl"
     answers = load(log)
     missing = [
@@ -673,7 +846,7 @@ def main() -> None:
     ]
     total = sum(len(questions) for _, questions in missing)
     engine = (
-        Engine.start(args.in_process, STAGES if args.decoder else (), args.block_size)
+        Engine.start(args.in_process, *((STAGES, args.block_size) if args.decoder else ()))
         if args.in_process and total
         else None
     )
@@ -703,16 +876,8 @@ def main() -> None:
                     engine.ask(questions[start : start + 128], setting, done)
             else:
                 asyncio.run(ask_server(url, args.model, questions, setting, args.concurrency, done))
-    # An earlier run may have asked more, or fewer; all rows of a table are of the same questions.
-    answers = {
-        name: {i: answer for i, answer in given.items() if i < len(asked)}
-        for name, given in answers.items()
-    }
-    fewer = [name for name, given in answers.items() if len(given) < len(asked)]
-    answers = {name: given for name, given in answers.items() if name not in fewer}
-    if fewer:
-        print(f"{len(fewer)} settings left out, which were asked fewer questions than {len(asked)}")
-    results = summarise(answers, asked)
+    answers = whole(answers, asked)
+    results = summarise(answers, asked, args.against)
     found = [Setting.of(name) for name in answers]
     order = ["none", *METHODS]
     held = {s.name: results[s.name]["visual_tokens_kept"] for s in found}
@@ -723,12 +888,12 @@ def main() -> None:
     before = [s for s in found if s not in inside]  # the others hold whole blocks
     wrong = [(s.name, held[s.name]) for s in before if held[s.name] != [s.budget]]
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
-    whole = [s for s in plain if s.method == "none"]
+    full = [s for s in plain if s.method == "none"]
     l_parts = [s for s in inside if s.method == "ficoco-l"]
     tables = {
         "table": plain,
         "ablations": parts,
-        "decoder": whole + [s for s in inside if not s.variant],
+        "decoder": full + [s for s in inside if not s.variant],
         "decoder-ablations": l_parts,
     }
     for name, rows in tables.items():

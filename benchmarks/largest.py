@@ -53,6 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--methods", default="", help="these alone, with commas")
+    parser.add_argument("--budgets", default="", help="with commas; else a half and an eighth")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda" if gpu else "cpu"), getattr(torch, args.dtype)
@@ -60,6 +62,7 @@ def main() -> None:
     side = math.isqrt(args.tokens)
     n = side * side
     patches = n * UNIT
+    budgets = [int(budget) for budget in args.budgets.split(",") if budget] or [n // 2, n // 8]
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, device=device).to(dtype)
@@ -73,7 +76,9 @@ def main() -> None:
         before = method.place == "output" or method.at_output
         if not before or method.decoder or method.needs - OFFERED or name == "none":
             continue
-        for budget in (n // 2, n // 8):
+        if args.methods and name not in args.methods.split(","):
+            continue
+        for budget in budgets:
             evidence = Evidence(
                 query, key, HEAD_SIZE**-0.5, (side, side), False, pixels, HEADS, UNIT
             )

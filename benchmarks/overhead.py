@@ -223,7 +223,7 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"
 
 
-def tower(folder: Path, rounds: int, batch: int, dtype: str) -> None:
+def tower(folder: Path, rounds: int, batch: int, dtype: str, methods: list[str]) -> None:
     """vLLM's tower, ours with each method and budget, and what of it the reduction takes."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import torch
@@ -259,6 +259,7 @@ def tower(folder: Path, rounds: int, batch: int, dtype: str) -> None:
         Reduction(method=name, budget=budget)
         for name, method in METHODS.items()
         if name != "none" and method.decoder is None and method.place != "input"
+        if not methods or name in methods
         for budget in BUDGETS
     ]
 
@@ -304,6 +305,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16", help="of the tower (CPUs may lack bf16)")
+    parser.add_argument("--methods", default="", help="tower: these alone, with commas")
     parser.add_argument("--native", action="store_true", help="off: a tiny Qwen2.5-VL")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--starts", default="", help=argparse.SUPPRESS)
@@ -327,7 +329,8 @@ def main() -> None:
                 stages(Path(folder) / "model", args.rounds, args.batch)
             else:
                 small = checkpoint(Path(folder), CLIP_L, decoder(4, 1024, 2816, 16))
-                tower(small, args.rounds, args.batch, args.dtype)
+                methods = [name for name in args.methods.split(",") if name]
+                tower(small, args.rounds, args.batch, args.dtype, methods)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -19,7 +20,8 @@ from transformers import LlavaConfig
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.tiny_llava import CHECKPOINT
-from vllm_ficoco.tiny_llava.scenes import TASKS, Scene, SceneMaker, Thing
+from vllm_ficoco.tiny_llava.scenes import FONTS, TASKS, Scene, SceneMaker, Thing
+from vllm_ficoco.tiny_llava.worlds import WORLDS, Cluttered, Printed
 from vllm_ficoco.vision.geometry import geometry_of
 
 ROOT = Path(__file__).parents[1]
@@ -32,10 +34,17 @@ def test_the_same_seed_draws_the_same(accuracy: ModuleType) -> None:
         assert np.array_equal(np.asarray(a.image), np.asarray(b.image))
 
 
-def test_every_word_is_in_the_models_vocabulary(accuracy: ModuleType) -> None:
+def test_the_plain_world_stays_what_the_recorded_numbers_are_of(accuracy: ModuleType) -> None:
+    """What is drawn shows in the questions of all scenes behind it."""
+    drawn = " ".join(f"{q.text} {q.answer}" for _, q in accuracy.held_out(2000))
+    assert hashlib.sha256(drawn.encode()).hexdigest()[:16] == "21fbbd4efc460e3f"
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_word_is_in_the_models_vocabulary(accuracy: ModuleType, world: str) -> None:
     tokenizer = json.loads((CHECKPOINT / "tokenizer.json").read_text())
     vocabulary = set(tokenizer["model"]["vocab"])
-    for _, question in accuracy.held_out(400):
+    for _, question in accuracy.held_out(400, world):
         assert set(f"{question.text} {question.answer}".split()) <= vocabulary, question
 
 
@@ -54,6 +63,27 @@ def test_test_digits_are_never_trained_on() -> None:
     held_out = {digit.tobytes() for digit in test.digits}
     assert len(test.digits) + len(train.digits) == 1797
     assert not held_out & {digit.tobytes() for digit in train.digits}
+
+
+@pytest.mark.parametrize("world", ["cluttered", "printed"])
+def test_a_held_out_world_has_other_scenes_and_the_same_tasks(
+    accuracy: ModuleType, world: str
+) -> None:
+    asked, again = accuracy.held_out(900, world), accuracy.held_out(60, world)
+    assert [question for _, question in again] == [question for _, question in asked[:60]]
+    for (one, _), (other, _) in zip(again, asked, strict=False):
+        assert one.image.tobytes() == other.image.tobytes()
+    assert {question.task for _, question in asked} == set(TASKS)
+    # Other scenes, not the plain ones before another background.
+    first = {scene.things[0][:5] for scene, _ in accuracy.held_out(900)}
+    assert first.isdisjoint({scene.things[0][:5] for scene, _ in asked})
+
+
+def test_the_held_out_worlds_have_more_clutter_and_fonts_that_were_never_trained_on() -> None:
+    assert Cluttered.clutter[0] > SceneMaker.clutter[1]
+    assert not {*Printed.fonts} & {*FONTS} and len(Printed.fonts) > 5
+    shown = [maker(0)._background() for maker in WORLDS.values()]
+    assert {image.shape for image in shown} == {(168, 168, 3)}
 
 
 def test_answers_are_right() -> None:
@@ -184,8 +214,51 @@ def test_paired_counts_what_just_one_answers_rightly(accuracy: ModuleType) -> No
         }
 
     one, other = answers({0, 1, 2, 3, 4, 5, 6, 7, 8}), answers({0, 1, 2, 3, 9})
-    assert accuracy.paired(one, other, asked) == pytest.approx((5 - 1) / math.sqrt(5 + 1))
-    assert accuracy.paired(one, one, asked) == 0
+    found = accuracy.paired(one, other, asked)
+    assert found.sigma == pytest.approx((5 - 1) / math.sqrt(5 + 1))
+    assert found.points == pytest.approx(100 * (5 - 1) / 12)
+    deviation = np.std([1] * 5 + [-1] + [0] * 6)  # of one question's gain
+    assert found.reach == pytest.approx(100 * 1.96 * deviation / math.sqrt(12))
+    assert str(found) == "+33.3 ± 35.3 (+1.6 σ)"
+    assert accuracy.paired(one, one, asked) == (0, 0, 0)
+
+
+def test_every_setting_is_compared_with_one_method_at_the_same_budget(
+    accuracy: ModuleType,
+) -> None:
+    asked = accuracy.held_out(40)
+
+    def answers(wrong: int) -> dict[int, Any]:
+        """Wrong to so many of the first questions."""
+        return {
+            i: accuracy.Answer("?" if i < wrong else q.answer, 1) for i, (_, q) in enumerate(asked)
+        }
+
+    wrong = [
+        (accuracy.Setting("none", 144), 0),
+        (accuracy.Setting("topk", 48), 4),
+        (accuracy.Setting("topk", 16), 9),
+        (accuracy.Setting("tome", 48), 8),
+        (accuracy.Setting("tome", 16), 0),
+        (accuracy.Setting("tome", 16, {"proportional": False}), 8),
+        (accuracy.Setting("tome", 8), 20),  # with which nothing can be compared
+        (accuracy.Setting("dart", 0, {"tokens": [48]}), 8),
+        (accuracy.Setting("fastv", 0, {"tokens": [48]}), 10),
+    ]
+    given = {setting.name: answers(count) for setting, count in wrong}
+    rows = [setting for setting, _ in wrong]
+    results = accuracy.summarise(given, asked, "topk")
+    won = {
+        name: round(result["against"]["points"] * 40 / 100)
+        for name, result in results.items()
+        if result["against"]
+    }
+    assert won == {rows[3].name: 4 - 8, rows[4].name: 9, rows[5].name: 9 - 8}
+    assert results[rows[3].name]["against"]["sigma"] == pytest.approx(-4 / math.sqrt(4))
+    lines = accuracy.table(results, rows).splitlines()
+    assert lines[0].endswith("| against topk |") and "| -10.0 ± 9.3 (-2.0 σ) |" in lines[5]
+    results = accuracy.summarise(given, asked, "dart")
+    assert [name for name, result in results.items() if result["against"]] == [rows[-1].name]
 
 
 def test_f1_counts_yes(accuracy: ModuleType) -> None:
@@ -237,9 +310,61 @@ def test_a_run_goes_on_and_does_not_mix_what_cannot_be_compared(
     inside = set(run("--questions=40", "--decoder", "--methods=dart")) - set(results)
     assert asks[4:] == [40, 40, 40]
     assert inside == {f'dart@0{{"tokens": [{n}]}}' for n in (112, 80, 48)}
-    # A folder is of one model.
+    # A folder is of one world,
+    with pytest.raises(SystemExit, match="other conditions"):
+        run("--questions=40", "--world=printed")
+    # and of one model.
     with pytest.raises(SystemExit, match="other conditions"):
         run("--questions=30", model="another")
+
+
+def test_one_table_of_all_worlds_and_budgets(
+    accuracy: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Fake:
+        """Wrong to the more questions, the fewer tokens; dart's are others, and fewer."""
+
+        @classmethod
+        def start(cls, *_: Any) -> Fake:
+            return cls()
+
+        def ask(self, asked: Any, setting: Any, done: Any) -> None:
+            for index, _, question in asked:
+                wrong = index % 100 < (24 if setting.method == "topk" else 12) * (
+                    2 if setting.budget < 48 else 1
+                )
+                answer = "?" if wrong and setting.method != "none" else question.answer
+                done(index, accuracy.Answer(answer, setting.budget))
+
+    monkeypatch.setattr(accuracy, "Engine", Fake)
+    folders = [tmp_path / world for world in WORLDS]
+    for world, folder in zip(WORLDS, folders, strict=True):
+        # Not all methods everywhere.
+        methods = "topk,tome" if world != "printed" else "topk,tome,random"
+        options = ["--in-process=tiny-llava", f"--methods={methods}", "--budgets=48,16"]
+        more = [f"--world={world}", f"--out={folder}", "--questions=100"]
+        monkeypatch.setattr("sys.argv", ["accuracy.py", *options, *more])
+        accuracy.main()
+    capsys.readouterr()
+    options = ["--compare", *map(str, reversed(folders)), "--against=topk", "--questions=100"]
+    monkeypatch.setattr("sys.argv", ["accuracy.py", *options])
+    accuracy.main()
+    lines = capsys.readouterr().out.splitlines()
+    columns = " | ".join(f"{world} {budget}" for world in WORLDS for budget in (48, 16))
+    assert lines[0] == f"| method | options | {columns} | mean | against topk |"
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert [row[0] for row in cells] == ["tome", "topk", "random"]  # the last one was not asked all
+    # 12 of 100 at 48 tokens, 24 at 16; the interval is wider than that of questions on their own.
+    assert cells[0][-1].startswith("+18.0 ± ") and cells[1][-1] == cells[2][-2] == ""
+    one = accuracy.Paired.of([1] * 108 + [0] * 492, 600)
+    reach, sigma = (float(part.strip("()σ ")) for part in cells[0][-1].split("± ")[1].split(" ", 1))
+    assert reach > one.reach and sigma < one.sigma
+    (tmp_path / "printed/conditions.json").write_text('{"weights": ["other"], "world": "printed"}')
+    with pytest.raises(SystemExit, match="different weights"):
+        accuracy.main()
 
 
 def test_a_table_has_a_row_for_every_setting(accuracy: ModuleType, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.reference import methods as reference
 from tests.waiting import NoWaiting
-from vllm_ficoco.methods import METHODS, Evidence, Tokens, paradigm, random
+from vllm_ficoco.methods import METHODS, Evidence, Tokens, greedy, paradigm, random
 from vllm_ficoco.methods.ficoco_v import local_penalty
 from vllm_ficoco.methods.paradigm import quantile_of_blocks, quantile_per_row
 from vllm_ficoco.vision.geometry import FAMILIES
@@ -65,6 +65,10 @@ MATRIX = [
     Row("ficoco-k", [{}, {"protect": 0.0}, {"protect": 3.0}]),
     Row("tome"),
     Row("evit", raster=False),  # the extra token comes last
+    Row("score", [{}, {"alpha": 0.0}, {"alpha": 0.2}, {"alpha": 0.8}]),
+    Row("dpp", [{}, {"alpha": 0.5}]),
+    Row("scope", [{}, {"alpha": 0.2}, {"alpha": 0.8}]),
+    Row("apet", [{}, {"basis": 1}, {"basis": 200}], counts=False),
     Row("topk"),
     Row("visionzip", [{}, {"contextual": 0.0}, {"contextual": 0.5}], counts=False),
     Row("prumerge", [{}, {"neighbours": 1}, {"neighbours": 3}], counts=False),
@@ -277,7 +281,7 @@ def test_matches_the_transcription(row: Row, options: dict, setting: Setting) ->
             hidden, position, size = reference.reduce_one(
                 row.method,
                 options,
-                hidden * 0.5 + update[i].double(),
+                (hidden * 0.5 + update[i].double()).to(dtype).double(),
                 evidence.query[i],
                 evidence.key[i],
                 SCALE,
@@ -597,6 +601,8 @@ def few_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of more than 6 tokens are large enough for samples."""
     monkeypatch.setattr(paradigm, "SAMPLED", 6)
     monkeypatch.setattr(reference, "SAMPLED", 6)
+    monkeypatch.setattr(greedy, "COVERED", 20)
+    monkeypatch.setattr(reference, "COVERED", 20)
 
 
 def compare(

@@ -190,9 +190,7 @@ class Policy(BaseModel):
         if isinstance(low, ShareOfTokens):
             low = low.count(layout.tokens)
         default = self.default_budget
-        if isinstance(
-            default, str
-        ):  # auto; what a method cannot reach is left out, but for the largest
+        if isinstance(default, str):  # of auto, the method need not reach the lower rungs
             default = self.auto().ladder(layout.tokens)[0]
         for name, budget in (
             ("default_budget", default),

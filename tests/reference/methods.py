@@ -25,6 +25,10 @@ PLACE = {
     "ficoco-k": "tower",
     "tome": "tower",
     "evit": "tower",
+    "score": "output",
+    "dpp": "output",
+    "scope": "output",
+    "apet": "output",
     "topk": "output",
     "visionzip": "output",
     "prumerge": "output",
@@ -43,6 +47,12 @@ AT_OUTPUT = {"ficoco-v"}
 SAMPLED = 256
 """Of how many tokens at most the patches are asked, where a tower merges patches into tokens."""
 
+COVERED = 1024
+"""Of how many tokens at most ``scope`` counts who covers them."""
+
+ALIKE = 1e-6
+"""A greedy choice that adds less than this, of 1, adds this: then weight and place decide."""
+
 PROPORTIONAL = {"ficoco-k", "tome"}
 """Methods under which every layer adds log(size) of a token to the scores of attending to it."""
 
@@ -59,6 +69,10 @@ DEFAULTS = {
         "weighted": True,
     },
     "ficoco-k": {"protect": 0.5},
+    "score": {"alpha": None},
+    "dpp": {"alpha": 0.0},
+    "scope": {"alpha": 1.0},
+    "apet": {"basis": 10},
     "visionzip": {"contextual": 5 / 32},
     "prumerge": {"neighbours": 32},
     "globalcom2": {"attention": "logits", "temperature": 10.0},
@@ -398,6 +412,107 @@ def evit(image: Image, keep: int) -> Reduced:
     )
 
 
+def score(image: Image, keep: int, alpha: float | None) -> Reduced:
+    """Weighted k-centre: the most salient token, then whichever has the largest product of 1 - its
+    highest cosine to a chosen one and saliency ** alpha. For alpha 0 the first is the one least
+    like the mean of all directions."""
+    if alpha is None:
+        alpha = 0.2 if image.has_cls else 0.0
+    saliency = image.of_cls()
+    mean = sum(x / (x.norm() or 1.0) for x in image.hidden)
+    average = [likeness(x, mean) * float(mean.norm()) / image.n for x in image.hidden]
+    unusual = [1.0 if x > min(average) + ALIKE else 2.0 for x in average]
+
+    def worth(i: int, chosen: list[int]) -> float:
+        if not chosen:
+            return saliency[i] if alpha else unusual[i]
+        highest = max(likeness(image.hidden[i], image.hidden[s]) for s in chosen)
+        return max(1 - highest, ALIKE) * saliency[i] ** alpha
+
+    return kept(image, sorted(greedily(image.n, keep, worth)))
+
+
+def dpp(image: Image, keep: int, alpha: float) -> Reduced:
+    """The largest determinant of the kernel of what is chosen, step by step (arXiv 2506.10967,
+    section 3, without relevance). After half as many as there are channels, from the beginning."""
+    highest = max(image.of_cls()) if alpha else 1.0
+    quality = [(a / highest) ** alpha if alpha else 1.0 for a in image.of_cls()]
+    cosines = [[likeness(x, y) for y in image.hidden] for x in image.hidden]
+    for i, x in enumerate(image.hidden):
+        cosines[i][i] = 1.0 if x.any() else 0.0  # and not that but for rounding
+
+    def determinant(of: list[int]) -> float:
+        kernel = [[quality[i] * cosines[i][j] * quality[j] for j in of] for i in of]
+        return float(torch.linalg.det(torch.tensor(kernel, dtype=torch.float64))) if of else 1.0
+
+    def worth(i: int, chosen: list[int]) -> float:
+        within = len(chosen) % max(1, len(image.hidden[0]) // 2)
+        # What is spanned by those before it gives no volume: a kernel with it has none at all.
+        base: list[int] = []
+        for j in chosen[len(chosen) - within :]:
+            if determinant([*base, j]) > ALIKE * quality[j] ** 2 * determinant(base):
+                base.append(j)
+        grown = determinant([*base, i]) / determinant(base)
+        return max(grown, ALIKE * quality[i] ** 2)
+
+    return kept(image, sorted(greedily(image.n, keep, worth)))
+
+
+def scope(image: Image, keep: int, alpha: float) -> Reduced:
+    """arXiv 2510.24214: the largest product of what is covered more, over all tokens or those in
+    the middles of so many windows, and saliency ** alpha."""
+    saliency = image.of_cls()
+    seen = middles(image.grid, COVERED) if image.n > COVERED else list(range(image.n))
+    cosines = [[likeness(x, image.hidden[j]) for j in seen] for x in image.hidden]
+
+    def worth(i: int, chosen: list[int]) -> float:
+        gain = 0.0
+        for j in range(len(seen)):
+            before = max([0.0, *(cosines[s][j] for s in chosen)])
+            gain += max(before, cosines[i][j]) - before
+        return max(gain, ALIKE * len(seen)) * saliency[i] ** alpha
+
+    return kept(image, sorted(greedily(image.n, keep, worth)))
+
+
+def greedily(n: int, count: int, worth: Callable[[int, list[int]], float]) -> list[int]:
+    """One after another the token that is worth most beside those that are chosen."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        others = without(n, chosen)
+        values = [worth(i, chosen) for i in others]
+        chosen.append(others[ranked(values)[0]])
+    return chosen
+
+
+def apet(image: Image, keep: int, basis: int) -> Reduced:
+    """arXiv 2602.19870: what a basis, farthest points, reconstructs worst stays; every other one
+    joins the kept one that it is most alike, which becomes the mean."""
+    mean = sum(image.hidden) / image.n
+    chosen = [ranked([float((x - mean).square().sum()) for x in image.hidden])[0]]
+    apart = [math.inf] * image.n
+    while len(chosen) < min(basis, image.n):
+        for i, x in enumerate(image.hidden):
+            apart[i] = min(apart[i], float((x - image.hidden[chosen[-1]]).square().sum()))
+        chosen.append(ranked(apart)[0])
+    rows = torch.stack([image.hidden[b] for b in chosen]).T
+    every = torch.stack(image.hidden).T
+    left = every - rows @ torch.linalg.lstsq(rows, every, driver="gelsd").solution
+    error = [float(x @ x) for x in left.T]
+    for i, x in enumerate(image.hidden):
+        if error[i] < 10 * ALIKE * float(x @ x):
+            error[i] = 0.0
+    source = ranked([-e for e in error])[: image.n - keep]
+    target = without(image.n, source)
+    groups = {j: [j] for j in target}
+    for i in sorted(source):
+        order = ranked([likeness(image.hidden[i], image.hidden[j]) for j in target])
+        groups[target[order[0]]].append(i)
+    hidden = [sum(image.hidden[i] for i in groups[j]) / len(groups[j]) for j in target]
+    _, position, size = kept(image, target)
+    return hidden, position, size
+
+
 def topk(image: Image, keep: int) -> Reduced:
     """The lowest [CLS] attention leaves."""
     source = ranked([-a for a in image.of_cls()])[: image.n - keep]
@@ -557,6 +672,10 @@ FUNCTIONS = {
     "ficoco-k": ficoco_k,
     "tome": tome,
     "evit": evit,
+    "score": score,
+    "dpp": dpp,
+    "scope": scope,
+    "apet": apet,
     "topk": topk,
     "visionzip": visionzip,
     "prumerge": prumerge,

@@ -147,9 +147,10 @@ def test_a_default_by_what_is_in_an_image() -> None:
         policy.check_model(TEXT_MODEL)
     # Only the smallest budgets are out of reach: such images get a larger one.
     halves = Geometry((24, 24), 2, True)
-    read(default_method="tome", default_budget="auto").check_model(halves)
-    with pytest.raises(PolicyError, match="tome"):
-        read(default_method="tome", default_budget="auto", max_budget="99").check_model(halves)
+    tome = {"default_method": "tome", "default_budget": "auto", "low_budget": "144"}
+    read(**tome).check_model(halves)
+    with pytest.raises(PolicyError, match="default budget 143"):
+        read(**tome | {"max_budget": "143", "low_budget": "143"}).check_model(halves)
 
 
 # --- What holds for an image ----------------------------------------------------------------

@@ -21,16 +21,19 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_ficoco import schedule
+from vllm_ficoco.methods import greedy
 from vllm_ficoco.methods.paradigm import (
     Evidence,
     Method,
     Tokens,
     VisionOptions,
-    cosine,
     highest,
     one_hot_of_highest,
     take,
 )
+
+ROUNDING = 1e-5
+"""What is less, of a token's square, is rounding and no error."""
 
 
 class ApetOptions(VisionOptions):
@@ -42,18 +45,20 @@ class ApetOptions(VisionOptions):
 
 def errors(hidden: Tensor, basis: int) -> Tensor:
     """(B, n): squared distance of every token (B, n, D) from the span of the basis."""
-    x = hidden.float()
-    image = torch.arange(len(x), device=x.device)
-    left = x.clone()
-    apart = (x - x.mean(1, keepdim=True)).square().sum(-1)
-    for step in range(min(basis, x.shape[1])):
-        best = apart.argmax(1)
-        # Gram-Schmidt: the direction that this one adds is taken off all.
-        direction = torch.nn.functional.normalize(left[image, best], dim=-1)
-        left -= (left @ direction[..., None]) * direction[:, None]
-        distance = (x - x[image, best][:, None]).square().sum(-1)
-        apart = distance if step == 0 else torch.minimum(apart, distance)
-    return left.square().sum(-1)
+    x = greedy.held(hidden)
+    whole = greedy.lengths(x).square_()
+    least = ROUNDING * whole
+    mean = torch.cat([run.mean(1, keepdim=True) for (run,) in greedy.runs(x)], 2)
+    # Farthest from the mean: its own square is the same for all.
+    best = (whole - 2 * greedy.products(x, mean)[..., 0]).argmax(1, keepdim=True)
+    span = greedy.Span(whole, min(basis, x.shape[1]))
+    apart = torch.full_like(whole, torch.inf)
+    for _ in range(min(basis, x.shape[1])):
+        row = greedy.products(x, take(x, best))[..., 0]
+        torch.minimum(apart, whole + whole.gather(1, best) - 2 * row, out=apart)
+        span.add(best, row)
+        best = torch.where(apart > least, apart, 0.0).argmax(1, keepdim=True)
+    return torch.where(span.left > least, span.left, 0.0)
 
 
 def filter(tokens: Tokens, _: Evidence, leave: int, options: ApetOptions) -> Tensor:
@@ -63,7 +68,10 @@ def filter(tokens: Tokens, _: Evidence, leave: int, options: ApetOptions) -> Ten
 def correlate(
     tokens: Tokens, _: Evidence, source: Tensor, target: Tensor, __: ApetOptions
 ) -> Tensor:
-    return cosine(take(tokens.hidden, source), take(tokens.hidden, target))
+    """Cosine, but for the length of the source, which changes no order."""
+    leaving, staying = take(tokens.hidden, source), take(tokens.hidden, target)
+    scale = greedy.inverse(greedy.lengths(staying))[:, None]
+    return greedy.products(leaving, staying).mul_(scale)
 
 
 def weigh(

@@ -24,6 +24,7 @@ from torch import Tensor
 from vllm_ficoco import schedule
 from vllm_ficoco.methods.greedy import Likeness, log_det
 from vllm_ficoco.methods.paradigm import Evidence, Method, Tokens, VisionOptions, complement
+from vllm_ficoco.methods.score import weight
 
 
 class DppOptions(VisionOptions):
@@ -36,8 +37,7 @@ class DppOptions(VisionOptions):
 def filter(tokens: Tokens, evidence: Evidence, leave: int, options: DppOptions) -> Tensor:
     quality = None
     if options.alpha:
-        saliency = evidence.attention_of_cls()
-        quality = (saliency / saliency.amax(1, keepdim=True)).clamp_min(1e-4) ** options.alpha
+        quality = weight(evidence.attention_of_cls(), 2 * options.alpha)
     chosen = log_det(Likeness(tokens.hidden), quality, len(tokens) - leave)
     return complement(chosen, len(tokens))
 

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from vllm_ficoco import schedule
-from vllm_ficoco.methods.greedy import COVERED, Likeness, coverage
+from vllm_ficoco.methods import greedy
+from vllm_ficoco.methods.greedy import Likeness, coverage
 from vllm_ficoco.methods.paradigm import (
     Evidence,
     Method,
@@ -44,10 +44,9 @@ class ScopeOptions(VisionOptions):
 
 
 def filter(tokens: Tokens, evidence: Evidence, leave: int, options: ScopeOptions) -> Tensor:
-    n, device = len(tokens), tokens.hidden.device
-    seen = torch.arange(n, device=device)
-    if n > COVERED:
-        seen = grid_windows(evidence.grid, COVERED, device)[2]
+    n, seen = len(tokens), None
+    if n > greedy.COVERED:
+        seen = grid_windows(evidence.grid, greedy.COVERED, tokens.hidden.device)[2]
     importance = weight(evidence.attention_of_cls(), options.alpha)
     return complement(coverage(Likeness(tokens.hidden), importance, seen, n - leave), n)
 

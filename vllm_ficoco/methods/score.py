@@ -19,9 +19,9 @@ attention is concentrated on few patches, published tables are best at 0.7 to 0.
 In a tower without [CLS] the default is 0: the attention that a patch receives, which takes the
 place of a where alpha is given, keeps less than none (RESULTS.md).
 
-Deviations: a is taken as it is, not scaled to 0..1, so a token without any attention is last and
-not out; tokens stay in raster order. The paper's text was not at hand beyond its abstract and what
-others say of its rule.
+Deviations: a is divided by its largest value and not scaled to 0..1, so a token without any
+attention is last and not out; tokens stay in raster order. The paper's text was not at hand beyond
+its abstract and what others say of its rule.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from vllm_ficoco import schedule
 from vllm_ficoco.methods.greedy import Likeness, k_centres
 from vllm_ficoco.methods.paradigm import Evidence, Method, Tokens, VisionOptions, complement
 
+LEAST = 1e-30
+"""The least weight: what float32 can still multiply."""
+
 
 class ScoreOptions(VisionOptions):
     """Options of SCoRe."""
@@ -45,8 +48,9 @@ class ScoreOptions(VisionOptions):
 
 
 def weight(saliency: Tensor, alpha: float) -> Tensor:
-    """Saliency ** alpha, above 0, so that every token can be chosen."""
-    return saliency.clamp_min(torch.finfo(saliency.dtype).tiny) ** alpha
+    """(B, n): saliency ** alpha, 1 at most and above 0, so that every token can be chosen."""
+    largest = saliency.amax(1, keepdim=True).clamp_min(LEAST)
+    return (saliency / largest).pow_(alpha).clamp_min_(LEAST)
 
 
 def filter(tokens: Tokens, evidence: Evidence, leave: int, options: ScoreOptions) -> Tensor:
@@ -56,11 +60,9 @@ def filter(tokens: Tokens, evidence: Evidence, leave: int, options: ScoreOptions
         alpha = 0.2 if evidence.has_cls else 0.0
     if alpha:
         saliency = evidence.attention_of_cls()
-        first, importance = saliency.argmax(1), weight(saliency, alpha)
+        first, importance = saliency.argmax(1, keepdim=True), weight(saliency, alpha)
     else:
-        mean = likeness.unit.mean(1, keepdim=True)
-        first = (likeness.unit * mean).sum(-1).argmin(1)
-        importance = torch.ones_like(tokens.size)
+        first, importance = likeness.least_like_the_mean(), torch.ones_like(tokens.size)
     return complement(k_centres(likeness, importance, first, len(tokens) - leave), len(tokens))
 
 

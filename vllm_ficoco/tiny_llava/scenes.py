@@ -130,6 +130,12 @@ class SceneMaker:
         side: of the images in pixels; everything on them grows with it.
     """
 
+    fonts: tuple[str, ...] = FONTS
+    word_sizes = (15, 19)
+    """From and to so many pixels, on an image of the side that all sizes are given for."""
+    clutter = (0, 4)
+    """From and to so many pieces."""
+
     def __init__(self, seed: int, test: bool = True, side: int = SIZE) -> None:
         self.side, self.scale = side, side / SIZE
         self.random = random.Random(seed)
@@ -156,7 +162,9 @@ class SceneMaker:
 
         if lot.random() < 0.8:
             word = lot.choice(WORDS)
-            mask = _word_mask(word, lot.choice(FONTS), round(lot.randint(15, 19) * self.scale))
+            mask = word_mask(
+                word, lot.choice(self.fonts), round(lot.randint(*self.word_sizes) * self.scale)
+            )
             put("word", lot.choice(list(COLOURS)), word, mask)
         if lot.random() < 0.8:
             index, side = lot.randrange(len(self.labels)), lot.choice((20, 22, 24, 26, 28))
@@ -166,7 +174,7 @@ class SceneMaker:
         for colour, name in self._kinds(lot.randint(3, 6)):
             size = round(math.exp(lot.uniform(math.log(15), math.log(30))) * self.scale)
             put("shape", colour, name, _shape_mask(name, size, lot.choice((-12, 0, 12))))
-        for _ in range(lot.randint(0, 4)):
+        for _ in range(lot.randint(*self.clutter)):
             self._paste(canvas, self._clutter(), lot.choice(list(COLOURS)), boxes)
         pixels = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
         return Scene(Image.fromarray(pixels), things)
@@ -419,7 +427,7 @@ def _digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 @cache
-def _word_mask(word: str, font: str, size: int) -> NDArray[np.uint8]:
+def word_mask(word: str, font: str, size: int) -> NDArray[np.uint8]:
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
