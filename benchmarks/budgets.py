@@ -208,7 +208,7 @@ class Probe:
         run = Run(place.offset, place.offset + place.length)
         prompt, size = request.num_prompt_tokens, self.scheduler.block_size
         geometry = geometry_of(self.engine.vllm_config.model_config.hf_config)
-        asked, layout = packed_of(request.mm_features[0].data)
+        asked, layout, _ = packed_of(request.mm_features[0].data)
         keep = [place.length] * len(geometry.starts)
         if asked is not None:
             keep = geometry.held(asked, layout=layout)[1:]

@@ -80,7 +80,15 @@ def main() -> None:
             continue
         for budget in budgets:
             evidence = Evidence(
-                query, key, HEAD_SIZE**-0.5, (side, side), False, pixels, HEADS, UNIT
+                query,
+                key,
+                HEAD_SIZE**-0.5,
+                (side, side),
+                False,
+                pixels,
+                HEADS,
+                UNIT,
+                question=drawn(CHANNELS).float(),
             )
             memory.start()
             start = time.perf_counter()

@@ -46,9 +46,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--base-url", required=True, help="of the server; /v1 may be left out")
     add("--model", help="its name there; the first one by default")
     add("--methods", default="score", help="with commas")
-    add("--budgets", default="576,192,128,64", help="with commas; an image's own number: unreduced")
+    add("--budgets", default="576,192,128,64",
+        help="with commas; an image's own number: unreduced; '': mixes alone")  # fmt: skip
     add("--mix", action="append", default=[], type=Mix.parse, metavar="text=1,none=2,score@64=4",
-        help="mixed traffic, settings by weight; may be given several times")  # fmt: skip
+        help="mixed traffic, settings by weight, or `default` for requests that say nothing; "
+             "may be given several times")  # fmt: skip
     add("--concurrency", default="1,4,16,32,64", help="requests under way at once, with commas")
     add("--rate", type=float, default=math.inf, help="requests per second that arrive")
     add("--burstiness", type=float, default=1.0, help="of --rate: 1 is Poisson, less is in bursts")
@@ -65,7 +67,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args.base_url = args.base_url.rstrip("/").removesuffix("/v1")
     try:
         args.concurrency = [int(n) for n in args.concurrency.split(",")]
-        args.budgets = [int(n) for n in args.budgets.split(",")]
+        args.budgets = [int(n) for n in args.budgets.split(",") if n]
         args.goodput = {k: float(v) for k, v in (slo.split(":") for slo in args.goodput)}
     except ValueError as error:
         parser.error(str(error))

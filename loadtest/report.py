@@ -23,6 +23,9 @@ COLUMNS: dict[str, Callable[[Line], float | None]] = {
     "most KV used, %": lambda line: 100 * line["watch"]["most_kv_cache_usage"],
     "most running": lambda line: line["watch"]["most_running"],
     "preemptions": lambda line: line["watch"]["preemptions"],
+    "lowered, %": lambda line: (
+        100 * line["watch"]["lowered"] / line["requests"] if line["watch"].get("lowered") else None
+    ),
 }
 UNREDUCED = "none"
 

@@ -14,25 +14,26 @@ import numpy as np
 from PIL import Image
 
 QUESTION = "what color is the circle ?"
-TEXT, FULL = "text", "none"
+TEXT, FULL, DEFAULT = "text", "none", "default"
 
 
 class Setting(NamedTuple):
-    """How a request is to be served; ``text`` has no image, ``none`` an unreduced one."""
+    """How a request is to be served; ``text`` has no image, ``none`` an unreduced one, ``default``
+    one of which nothing is said."""
 
     method: str
     budget: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Setting:
-        """``score@192``, ``none`` or ``text``.
+        """``score@192``, ``none``, ``default`` or ``text``.
 
         Raises:
             ValueError: it is none of these.
         """
         method, _, budget = text.partition("@")
-        if bool(budget) == (method in (TEXT, FULL)) or not method:
-            raise ValueError(f"{text!r} should be METHOD@BUDGET, {FULL} or {TEXT}")
+        if bool(budget) == (method in (TEXT, FULL, DEFAULT)) or not method:
+            raise ValueError(f"{text!r} should be METHOD@BUDGET, {FULL}, {DEFAULT} or {TEXT}")
         return cls(method, int(budget) if budget else None)
 
     def __str__(self) -> str:
@@ -41,7 +42,7 @@ class Setting(NamedTuple):
     @property
     def body(self) -> dict[str, Any]:
         """What it adds to a request."""
-        if self.method == TEXT:
+        if self.method in (TEXT, DEFAULT):
             return {}
         budget = {} if self.budget is None else {"budget": self.budget}
         return {"reduction": {"method": self.method, **budget}}

@@ -28,6 +28,7 @@ CASES = {
     "ficoco-l, by the letter": ("ficoco-l", {"text": "is looked at"}),
     "ficoco-l, probabilities": ("ficoco-l", {"attention": "probabilities"}),
     "ficoco-l, penalty": ("ficoco-l", {"penalty": 2.0, "beta": 0.3, "gamma": 0.9}),
+    "tops, other weights": ("tops", {"diversity": 3.0, "coverage": 0.1}),
     "random, another seed": ("random-decoder", {"seed": 3}),
 }
 

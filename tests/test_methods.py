@@ -27,6 +27,9 @@ from vllm_ficoco.methods.paradigm import quantile_of_blocks, quantile_per_row
 from vllm_ficoco.vision.geometry import FAMILIES
 
 HEADS, HEAD_SIZE, WIDTH, LAYERS = 2, 8, 12, 12
+SPACE = 7
+"""Channels of the language model."""
+ONE_WORD = torch.eye(1, WIDTH)
 SCALE = HEAD_SIZE**-0.5
 
 
@@ -77,6 +80,19 @@ MATRIX = [
     Row("pooling", counts=False),
     Row("uniform"),
     Row("random", [{}, {"seed": 7}]),
+    Row("tops", [{}, {"diversity": 0.0, "coverage": 3.0}, {"diversity": 4.0, "coverage": 0.0}]),
+    Row("mustdrop", counts=False),
+    Row("cdpruner", [{}, {"alpha": 0.0}, {"alpha": 3.0}]),
+    Row(
+        "recoverable",
+        [
+            {},
+            {"recovered": 0.4, "merged": 0.4, "neighbours": 2},
+            {"recovered": 0.0, "merged": 0.3, "neighbours": 64},
+            {"recovered": 0.49, "merged": 0.0},
+        ],
+        counts=False,
+    ),
 ]
 VARIANTS = [
     pytest.param(row, options, id=f"{row.method}-{i}" if len(row.options) > 1 else row.method)
@@ -84,6 +100,9 @@ VARIANTS = [
     for i, options in enumerate(row.options)
 ]
 ROWS = [pytest.param(row, id=row.method) for row in MATRIX]
+AND_IN_THE_DECODER = {"tops", "mustdrop"}
+"""Those of the methods in both places whose part before the decoder no other method has."""
+
 BEFORE_THE_TOWER = {"resize"}
 """Methods that reduce no tokens, as there are only as many as wanted: not in the matrix."""
 
@@ -178,7 +197,27 @@ def evidence_at(
         has_cls=has_cls,
         pixels=random_rows(batch, (3, 6, 5) if unit == 1 else (n * unit, 6), 300).to(dtype),
         unit=unit,
+        question=unit_words(batch).mean(1),
+        project=projected,
     )
+
+
+def projected(hidden: Tensor) -> Tensor:
+    """What stands in for a projector to a language model's space of fewer channels."""
+    return hidden[..., :SPACE].tanh()
+
+
+def unit_words(batch: int) -> Tensor:
+    """(batch, 3, SPACE) the words of every image's question, each of length 1."""
+    return torch.nn.functional.normalize(random_rows(batch, (3, SPACE), 500), dim=-1)
+
+
+def relevance_of(hidden: Tensor, evidence: Evidence, image: int) -> list[float]:
+    """Of an image's tokens (n, D), as the transcription wants it."""
+    assert evidence.question is not None
+    words = evidence.question[image].double()
+    tokens = torch.nn.functional.normalize(evidence.project(hidden).double(), dim=-1)
+    return [float(token @ words) for token in tokens]
 
 
 def pick(evidence: Evidence, which: list[int]) -> Evidence:
@@ -188,6 +227,7 @@ def pick(evidence: Evidence, which: list[int]) -> Evidence:
         query=evidence.query[which],
         key=evidence.key[which],
         pixels=evidence.pixels[which],
+        question=evidence.question[which],
     )
 
 
@@ -215,6 +255,7 @@ def reduce_reference(
         keep,
         evidence.pixels[image],
         evidence.unit,
+        relevance_of(tokens.hidden[image], evidence, image),
     )
 
 
@@ -227,6 +268,7 @@ def schedule(row: Row, tokens: int, budget: int, layers: int = LAYERS) -> list[t
 def test_every_method_is_in_the_matrix() -> None:
     """No method ships without these tests."""
     before_decoder = {m.name for m in METHODS.values() if m.name != "none" and not m.decoder}
+    before_decoder |= AND_IN_THE_DECODER
     assert before_decoder == set(reference.PLACE)
     assert {row.method for row in MATRIX} == before_decoder - BEFORE_THE_TOWER
     for row in MATRIX:
@@ -235,6 +277,7 @@ def test_every_method_is_in_the_matrix() -> None:
         assert method.place == reference.PLACE[row.method]
         assert method.at_output == (row.method in reference.AT_OUTPUT)
         assert method.proportional_attention == (row.method in reference.PROPORTIONAL)
+        assert method.asks_question == (row.method in reference.ASKING)
         defaults = method.options().model_dump()
         assert defaults == reference.DEFAULTS.get(row.method, {})
 
@@ -272,8 +315,8 @@ def test_matches_the_transcription(row: Row, options: dict, setting: Setting) ->
         evidence = evidence_at(layer, grid, len(tokens), batch, has_cls, dtype)
         # What a layer does to its tokens, standing in for attention and MLP.
         update = images(batch, len(tokens), 400 + layer, dtype)
-        tokens = replace(tokens, hidden=tokens.hidden * 0.5 + update)
-        tokens = reduce(row, options, tokens, evidence, keep)
+        before = replace(tokens, hidden=tokens.hidden * 0.5 + update)
+        tokens = reduce(row, options, before, evidence, keep)
         assert tokens.hidden.dtype == dtype
         assert tokens.hidden.shape == (batch, keep, WIDTH)
         for i in range(batch):
@@ -291,6 +334,8 @@ def test_matches_the_transcription(row: Row, options: dict, setting: Setting) ->
                 size,
                 keep,
                 evidence.pixels[i],
+                1,
+                relevance_of(before.hidden[i], evidence, i),
             )
             literal[i] = hidden, position, size
             assert tokens.position[i].tolist() == position
@@ -412,6 +457,17 @@ def test_evidence_is_the_attention_of_the_formulas(kind: str, has_cls: bool) -> 
             torch.testing.assert_close(got[i], torch.tensor(want), rtol=1e-5, atol=1e-6)
 
 
+def test_relevance_is_the_mean_cosine_with_the_words() -> None:
+    """Word by word, of every image by its own; of no words it is 0."""
+    hidden, evidence = images(3, 12, 0), evidence_at(0, (3, 4), 12, 3)
+    got = evidence.relevance(hidden)
+    for i, words in enumerate(unit_words(3)):
+        want = reference.relevances(projected(hidden[i]), words)
+        torch.testing.assert_close(got[i].double(), torch.tensor(want).double())
+    silent = replace(evidence, question=torch.zeros(3, SPACE))
+    assert not silent.relevance(hidden).any()
+
+
 @pytest.mark.parametrize("kind", ["logits", "probabilities"])
 def test_without_cls_the_attention_received_takes_its_place(kind: str) -> None:
     """Of a tower without [CLS], Top-K keeps the patches that get most attention on average."""
@@ -514,7 +570,7 @@ def alike(grid: tuple[int, int], has_cls: bool) -> tuple[Tokens, Evidence]:
     row[:, :, 0] = 2.0
     hidden = torch.arange(WIDTH).float().expand(1, n, WIDTH)
     return Tokens.of(hidden), Evidence(
-        row[None], row[None], 0.5, grid, has_cls, torch.ones(1, 3, 2, 2)
+        row[None], row[None], 0.5, grid, has_cls, torch.ones(1, 3, 2, 2), question=ONE_WORD
     )
 
 
@@ -544,7 +600,7 @@ def sharp(grid: tuple[int, int], has_cls: bool) -> tuple[Tokens, Evidence]:
     key = query.clone()
     key[:, 1:, 0] = -100.0
     return Tokens.of(images(1, n, 0)), Evidence(
-        query[None], key[None], 1.0, grid, has_cls, torch.zeros(1, 3, 2, 2)
+        query[None], key[None], 1.0, grid, has_cls, torch.zeros(1, 3, 2, 2), question=ONE_WORD
     )
 
 
@@ -757,8 +813,10 @@ def test_memory_does_not_grow_with_the_image(
         False,
         drawn(n * UNIT, 24),
         unit=UNIT,
+        question=drawn(512).float(),
     )
     tokens = Tokens.of(drawn(n, 512))
+    monkeypatch.setattr(greedy, "COVERED", 8)  # with memory to match
     ample = reduce(row, options, tokens, evidence, keep)
     memory = 2**17
     for module in (paradigm, random):
@@ -934,6 +992,7 @@ def test_a_gpu_agrees_and_is_not_waited_for(row: Row, options: dict) -> None:
         query=evidence.query.cuda(),
         key=evidence.key.cuda(),
         pixels=evidence.pixels.cuda(),
+        question=evidence.question.cuda(),
     )
     reduce(row, options, there, proof, 20)
     torch.cuda.set_sync_debug_mode("error")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 from itertools import pairwise
 from operator import floordiv, mod
 
@@ -238,3 +239,65 @@ def test_groups_are_equally_large_and_as_vllm_makes_them() -> None:
     assert schedule.groups([8, 8, 8, 8]) == [1, 1, 1, 1]
     assert schedule.groups([3, 4, 4]) == [1, 1, 1], "one layer of padding"
     assert schedule.groups([2, 3, 3]) == [1, 2, 2], "too much padding"
+
+
+# --- Ladders --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "rung", "name"),
+    [
+        ("1", Fraction(1), "N"),
+        ("1/1", Fraction(1), "N"),
+        ("1/3", Fraction(1, 3), "N/3"),
+        ("2/9", Fraction(2, 9), "2N/9"),
+        ("4/18", Fraction(2, 9), "2N/9"),
+        ("2", 2, "2"),
+        ("64", 64, "64"),
+    ],
+)
+def test_rungs(text: str, rung: Fraction | int, name: str) -> None:
+    """A share is a fraction, and 1 the share of all; a number of tokens is an int."""
+    parsed = schedule.rung(text)
+    assert (parsed, type(parsed), schedule.rung_name(parsed)) == (rung, type(rung), name)
+    assert schedule.rung(str(parsed)) == parsed
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "-3", "0/3", "1/0", "4/3", "-1/3", "1/-3", "0.5", "N/3", "/", "1/3/2"]
+)
+def test_what_is_no_rung(text: str) -> None:
+    with pytest.raises(ValueError, match="a share of the tokens such as 1/3, 1 for all of them"):
+        schedule.rung(text)
+
+
+LADDERS = [
+    ("1", "1/3", "2/9", "1/9"),
+    ("1", "1/2"),
+    ("1/3",),
+    ("576", "192", "64", "2"),
+    ("1", "100", "1/9", "5"),
+]
+
+
+@pytest.mark.parametrize("texts", LADDERS)
+@pytest.mark.parametrize(("least", "most"), [(1, None), (16, None), (1, 100), (10, 40), (7, 7)])
+def test_every_ladder_of_every_image(texts: tuple[str, ...], least: int, most: int | None) -> None:
+    """Within the limits and the image, exact shares rounded down, in the order of the rungs."""
+    rungs = [schedule.rung(text) for text in texts]
+    of_one_kind = len({type(rung) for rung in rungs}) == 1
+    for tokens in range(1, 700):
+        counts = schedule.ladder(tokens, rungs, least, most)
+        assert len(counts) == len(rungs)
+        assert all(1 <= count <= tokens for count in counts)
+        assert all(min(least, tokens) <= count <= (most or tokens) for count in counts)
+        if of_one_kind:
+            assert counts == sorted(counts, reverse=True)
+        for text, count in zip(texts, counts, strict=True):
+            above, _, below = text.partition("/")
+            plain = tokens * int(above) // int(below) if below else int(above)
+            plain = tokens if text == "1" else plain
+            if least <= plain <= min(most or tokens, tokens):
+                assert count == plain
+    assert schedule.ladder(144, [schedule.rung(t) for t in LADDERS[0]]) == [144, 48, 32, 16]
+    assert schedule.ladder(576, [schedule.rung(t) for t in LADDERS[0]]) == [576, 192, 128, 64]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
@@ -15,8 +16,11 @@ import torch
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.packed import Packed, pack, unpack
 from vllm_ficoco.settings import (
+    AUTO_BUDGETS,
     DEFAULT_METHOD,
     MAX_BUDGET,
+    AutoBudget,
+    Lowered,
     Reduction,
     SettingsError,
     per_image,
@@ -211,9 +215,10 @@ def test_bad_budgets(budget: object) -> None:
         with pytest.raises(SettingsError) as wrong:
             read()
         assert wrong.value.field == name
-        assert wrong.value.allowed == f"a whole number from 1 to {MAX_BUDGET}"
+        assert wrong.value.allowed == f"a whole number from 1 to {MAX_BUDGET}, or 'auto'"
         assert str(wrong.value) == (
-            f"{name} = {budget!r} is not valid: it must be a whole number from 1 to {MAX_BUDGET}."
+            f"{name} = {budget!r} is not valid: it must be a whole number from 1 to {MAX_BUDGET}, "
+            "or 'auto'."
         )
 
 
@@ -548,3 +553,108 @@ def test_bad_settings_of_images(kwargs: dict, images: int, field: str, allowed: 
     assert wrong.value.field == field
     assert allowed in wrong.value.allowed
     assert str(wrong.value).startswith(f"{field} = ")
+
+
+# --- Budgets that wait for the image --------------------------------------------------------
+
+
+def test_auto_in_both_places() -> None:
+    """One meaning, and its own key; none of it is in a number."""
+    auto = Reduction.of_budget("auto")
+    assert isinstance(auto, AutoBudget) and auto.rungs == AUTO_BUDGETS
+    assert Reduction.parse({"budget": "auto"}) == auto
+    assert Reduction.parse({"budget": "auto", "method": "tome"}) == auto.with_method("tome", {})
+    assert auto.key != auto.with_method("tome", {}).key
+    assert auto.key != Reduction.of_budget(1).key, "its own budget is nobody's"
+    assert auto.key != auto.model_copy(update={"lower": 1}).key
+    assert auto.key != AutoBudget(rungs=("1", "1/2")).key
+    assert Reduction.parse({"method": "none", "budget": "auto"}) == Reduction(method="none")
+    assert per_image({"visual_token_budget": "auto"}, 2) == [auto, auto]
+    assert per_image({"visual_token_budget": ["auto", 5, None]}, 3) == [
+        auto,
+        Reduction(budget=5),
+        None,
+    ]
+    assert per_image({"reduction": [{"budget": "auto"}]}, 1) == [auto]
+    with pytest.raises(TypeError, match="settled by the processor"):
+        auto.for_tokens(144)
+    with pytest.raises(ValueError):  # what travels with an image is settled
+        unpack(pack(auto))
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "allowed"),
+    [
+        ({"budget": "automatic"}, "reduction.budget", "or 'auto'"),
+        ({"budget": "Auto"}, "reduction.budget", "or 'auto'"),
+        ({"budget": ["auto"]}, "reduction.budget", "or 'auto'"),
+        ({"budget": "auto", "rungs": ["1"]}, "reduction.rungs", "left out"),
+        ({"budget": "auto", "lower": 1}, "reduction.lower", "left out"),
+        ({"budget": 5, "least": 1}, "reduction.least", "left out"),
+        ({"budget": "auto", "method": "fast"}, "reduction.method", "one of"),
+        ({"budget": "auto", "options": {"lambda": 2}}, "reduction.options.lambda", "equal to 1"),
+        (
+            {"budget": "auto", "method": "k-norm", "options": {"tokens": [5]}},
+            "reduction.budget",
+            "left out where options.tokens is given",
+        ),
+    ],
+)
+def test_what_is_wrong_beside_auto(given: dict, field: str, allowed: str) -> None:
+    """No more can be said with it than with a number; what a server adds is not a client's."""
+    with pytest.raises(SettingsError) as wrong:
+        Reduction.parse(given)
+    assert wrong.value.field == field and allowed in wrong.value.allowed
+
+
+@pytest.mark.parametrize("rungs", [AUTO_BUDGETS, ("1", "1/2"), ("1/3",), ("300", "60", "1/9")])
+@pytest.mark.parametrize(("least", "most"), [(1, None), (20, 100)])
+def test_the_rung_of_an_image(rungs: tuple[str, ...], least: int, most: int | None) -> None:
+    """The smallest with as many tokens as it asks for; behind it the larger ones."""
+    auto = AutoBudget(rungs=rungs, least=least, most=most)
+    for tokens in (1, 2, 9, 64, 144, 576, 2928):
+        ladder = auto.ladder(tokens)
+        assert ladder == sorted({*ladder}, reverse=True)
+        for share in (Fraction(k, 36) for k in range(37)):
+            choices = auto.choices(tokens, share, Fraction(0))
+            enough = [count for count in ladder if count >= int(tokens * share)]
+            assert choices[0] == min(enough, default=ladder[0])
+            assert choices == [count for count in ladder[::-1] if count >= choices[0]]
+
+
+def test_rungs_lower_than_what_an_image_asks_for() -> None:
+    """By as many as are said; not below what its writing needs, nor what it asked for itself."""
+    for lower, expected in ((0, 144), (1, 48), (2, 32), (3, 16), (9, 16)):
+        auto = AutoBudget(lower=lower)
+        assert auto.choices(144, Fraction(1), Fraction(0))[0] == expected
+        assert auto.choices(144, Fraction(1), Fraction(1, 3))[0] == max(expected, 48)
+        assert auto.choices(144, Fraction(1, 9), Fraction(0))[0] == 16
+
+
+@pytest.mark.parametrize(
+    ("above", "tokens", "choices"),
+    [
+        (None, 144, [48, 144]),
+        (144, 144, [48, 144]),
+        (500, 144, [48, 144]),
+        (48, 144, [32, 48]),
+        (47, 144, [32, 47]),
+        (17, 144, [16, 17]),
+        (16, 144, [16]),
+        (5, 144, [5]),
+        (None, 1, [1]),
+        (None, 4, [1, 4]),
+    ],
+)
+def test_one_rung_lower(above: int | None, tokens: int, choices: list[int]) -> None:
+    """The largest below the budget and the image; where none is, the budget stays."""
+    assert Lowered(above=above).choices(tokens) == choices
+
+
+def test_names_of_what_was_chosen() -> None:
+    """The first rung of that number, where some have the same."""
+    auto = AutoBudget(rungs=("1", "1/3", "64", "1/9"), least=10, most=100)
+    named = [(144, 100), (144, 48), (144, 64), (144, 16), (30, 30), (30, 10), (144, 7)]
+    assert [auto.rung_name(budget, tokens) for tokens, budget in named] == [
+        *("N", "N/3", "64", "N/9", "N", "N/3", "7")
+    ]

@@ -43,6 +43,13 @@ def test_fastv_keeps_what_is_published(budget: int, kept: int) -> None:
     assert held(llava(2), "fastv", budget) == [576, kept]
 
 
+@pytest.mark.parametrize("tokens", [32, 64, 128])
+def test_tops_keeps_what_is_published(tokens: int) -> None:
+    """Twice T, T and a quarter of T, which is 1.1875 T on average."""
+    kept = [2 * tokens, tokens, tokens // 4]
+    assert held(llava(12, 24), "tops", int(1.1875 * tokens)) == kept
+
+
 def test_pyramiddrop_keeps_what_is_published() -> None:
     """A half at each of its three stages, which is 270 on average."""
     assert held(llava(8, 16, 24), "pyramiddrop", 270) == [576, 288, 144, 72]
@@ -131,7 +138,7 @@ def test_the_nearest_stages() -> None:
 def test_the_readmes_table_is_the_arithmetic() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     rows = re.findall(r"^\| `([\w-]+)`, `([\d,]+)` \| (.*) \|$", readme, re.MULTILINE)
-    assert len(rows) == 8
+    assert len(rows) == 9
     for method, starts, cells in rows:
         model = llava(*map(int, starts.split(",")))
         *by_budget, smallest = cells.split(" | ")

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one field that travels with an image from the processor to scheduler and model.
 
-It says how the image is reduced and where its visual tokens stand; nothing behind the processor
-asks for anything else, and nothing else does arithmetic with sizes of images.
+It says how the image is reduced and where its visual tokens stand, and, where the method asks for
+it, what the prompt's question is; nothing behind the processor asks for anything else, and nothing
+else does arithmetic with sizes of images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,11 +29,21 @@ class Packed(NamedTuple):
     """None: vLLM's own path."""
     layout: Layout | None = None
     """None: that of every image of the model."""
+    question: tuple[int, ...] = ()
+    """Token ids of the image's question (:mod:`vllm_ficoco.models.question`), where its method asks
+    for it."""
 
 
-def pack(reduction: Reduction | None, layout: Layout | None = None) -> torch.Tensor:
-    """An image's settings and layout as a uint8 tensor; empty where there is nothing to say."""
-    text = (f"{layout.to_json()}\n" if layout else "") + (reduction.key if reduction else "")
+def pack(
+    reduction: Reduction | None, layout: Layout | None = None, question: Sequence[int] = ()
+) -> torch.Tensor:
+    """What is said of an image as a uint8 tensor; empty where there is nothing to say."""
+    lines = (
+        json.dumps([*question]) if question else "",
+        layout.to_json() if layout else "",
+        reduction.key if reduction else "",
+    )
+    text = "\n".join(lines).lstrip("\n")
     if not text:
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
@@ -54,8 +66,12 @@ def packed_of(data: Mapping[str, Any] | None) -> Packed:
 
 @lru_cache(maxsize=4096)  # the images of a batch mostly have few different settings
 def _parse(raw: bytes) -> Packed:
-    layout, _, reduction = raw.decode().rpartition("\n")
+    *more, layout, reduction = ["", "", *raw.decode().split("\n")][-3:]
+    question = json.loads(more[0]) if more[0] else []
+    if not isinstance(question, list) or not all(type(word) is int for word in question):
+        raise ValueError("a question is a list of token ids")
     return Packed(
         Reduction.model_validate_json(reduction) if reduction else None,
         Layout.from_json(layout) if layout else None,
+        tuple(question),
     )

@@ -119,6 +119,55 @@ def largest_remainder(total: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
+# --- Ladders of budgets -------------------------------------------------------------------------
+
+
+def rung(text: str) -> Fraction | int:
+    """One rung of a ladder: a share of an image's tokens (``1/3``, ``1`` for all) or a number of
+    them (from 2).
+
+    Raises:
+        ValueError: it is neither; says what is allowed.
+    """
+    words = "a share of the tokens such as 1/3, 1 for all of them, or a whole number from 2"
+    above, _, below = text.partition("/")
+    try:
+        number = Fraction(int(above), int(below or 1))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(words) from None
+    if (below and 0 < number <= 1) or (not below and number == 1):
+        return number
+    if below or number < 2:
+        raise ValueError(words)
+    return int(number)
+
+
+def rung_name(of: Fraction | int) -> str:
+    """How a rung is called: ``N``, ``N/3``, ``2N/9``, or its number of tokens."""
+    if isinstance(of, int):
+        return str(of)
+    times = "" if of.numerator == 1 else str(of.numerator)
+    return f"{times}N" + ("" if of.denominator == 1 else f"/{of.denominator}")
+
+
+def ladder(
+    tokens: int, rungs: Sequence[Fraction | int], least: int = 1, most: int | None = None
+) -> list[int]:
+    """The budgets of a ladder for an image of so many tokens, one a rung, in their order.
+
+    A share is rounded down. What is outside of the limits moves to them; nothing is more than the
+    image has. Several rungs can come to one number where an image has few tokens.
+
+    Args:
+        tokens: of the image.
+        rungs: shares of its tokens, and numbers of tokens.
+        least: smallest budget.
+        most: largest budget, not below ``least``; None for no limit.
+    """
+    counts = (int(tokens * rung) if isinstance(rung, Fraction) else rung for rung in rungs)
+    return [min(max(count, least, 1), most or tokens, tokens) for count in counts]
+
+
 # --- Stages of the decoder ----------------------------------------------------------------------
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from vllm_ficoco import schedule
 from vllm_ficoco.methods import METHODS, Method
 
 DEFAULT_METHOD = "score"
@@ -21,7 +24,13 @@ DEFAULT_METHOD = "score"
 MAX_BUDGET = 1_000_000
 """Largest budget that is taken for a number of tokens and not for a mistake."""
 
-_BUDGET_RANGE = f"a whole number from 1 to {MAX_BUDGET}"
+AUTO = "auto"
+"""The budget that an image gets by what is in it."""
+
+AUTO_BUDGETS = ("1", "1/3", "2/9", "1/9")
+"""The budgets among which ``auto`` chooses where nothing was set, see :func:`schedule.rung`."""
+
+_BUDGET_RANGE = f"a whole number from 1 to {MAX_BUDGET}, or {AUTO!r}"
 
 _MOST_ENTRIES = 1000
 """In settings, which name a few options and at most a number for every layer of a decoder."""
@@ -164,6 +173,8 @@ class Reduction(BaseModel):
     def parse(cls, value: object, field: str = REDUCTION_KEY) -> Reduction:
         """Check what a client sent: a mapping with ``method``, ``budget``, ``options``.
 
+        The budget is a number or ``auto``, which gives an :class:`AutoBudget`.
+
         Args:
             value: the client's value.
             field: where it stood, for the message.
@@ -178,7 +189,16 @@ class Reduction(BaseModel):
         check_size(value, field)
         given = {k: v for k, v in value.items() if v is not None}
         try:
-            return cls.model_validate(given)
+            if not _is_auto(given.get("budget")):
+                return cls.model_validate(given)
+            options = given.get("options")
+            if isinstance(options, Mapping) and options.get("tokens") is not None:
+                allowed = "left out where options.tokens is given"
+                raise SettingsError(f"{field}.budget", AUTO, allowed)
+            checked = cls.model_validate({**given, "budget": 1})
+            if checked.method == NO_REDUCTION:
+                return checked
+            return AutoBudget(method=checked.method, options=checked.options)
         except ValidationError as error:
             raise _explain(error, field, cls) from None
 
@@ -187,8 +207,12 @@ class Reduction(BaseModel):
         """The default method at this budget.
 
         Raises:
-            SettingsError: the budget is not a whole number in range.
+            SettingsError: the budget is no whole number in range, and not ``auto``.
         """
+        if isinstance(budget, cls):  # what the word auto came to
+            return budget
+        if _is_auto(budget):
+            return AutoBudget()
         if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= MAX_BUDGET:
             raise SettingsError(field, budget, _BUDGET_RANGE)
         return cls(budget=budget)
@@ -221,31 +245,30 @@ class Reduction(BaseModel):
         return self.spec.options.model_validate(self.options)
 
 
-class ShareOfTokens(Reduction):
-    """A budget that is a share of the tokens that an image has: it waits for the image.
+class Waiting(Reduction):
+    """A budget that waits for the image. A server makes them, or clients with the word ``auto``."""
+
+    budget: int | None = 1
+    """Nobody's."""
+
+    def with_method(self, method: str, options: Mapping[str, Any]) -> Self:
+        """The same by another method."""
+        return self.model_validate({**dict(self), "method": method, "options": dict(options)})
+
+
+class ShareOfTokens(Waiting):
+    """A budget that is a share of the tokens that an image has.
 
     A server makes one of ``detail: low`` where an image's tokens depend on its size. Clients name
     counts: nothing that they send becomes one.
     """
 
-    budget: int | None = 1
-    """Nobody's: see :meth:`for_tokens`."""
     share: int
     """The budget is the number of tokens divided by this,"""
     least: int
     """but not less than this"""
     most: int | None = None
     """and not more than this."""
-
-    def with_method(self, method: str, options: Mapping[str, Any]) -> ShareOfTokens:
-        """The same share by another method."""
-        return ShareOfTokens(
-            method=method,
-            options=dict(options),
-            share=self.share,
-            least=self.least,
-            most=self.most,
-        )
 
     def count(self, tokens: int) -> int:
         """The budget of an image of so many visual tokens."""
@@ -257,11 +280,88 @@ class ShareOfTokens(Reduction):
         return settled.for_tokens(tokens)
 
 
+class OfLadder(Waiting):
+    """A budget that is one of a ladder's.
+
+    Which of them a method can reach depends on the image, too: the processor takes the first one
+    that it can, see :attr:`choices` of the two kinds.
+    """
+
+    rungs: tuple[str, ...] = AUTO_BUDGETS
+    """Shares of an image's tokens or numbers of them, descending, as :func:`schedule.rung`."""
+    least: int = 1
+    """No budget is smaller than this"""
+    most: int | None = None
+    """or larger than this."""
+
+    def ladder(self, tokens: int) -> list[int]:
+        """The budgets for an image of so many tokens, descending, each one once."""
+        counts = schedule.ladder(tokens, _parsed(self.rungs), self.least, self.most)
+        return sorted(set(counts), reverse=True)
+
+    def rung_name(self, budget: int, tokens: int) -> str:
+        """How the rung is called that gives such an image this budget; a number, if none does."""
+        rungs = _parsed(self.rungs)
+        counts = schedule.ladder(tokens, rungs, self.least, self.most)
+        named = zip(counts, map(schedule.rung_name, rungs), strict=True)
+        return next((name for count, name in named if count == budget), str(budget))
+
+    def at(self, budget: int) -> Reduction:
+        """The settings with one of the budgets."""
+        return Reduction(method=self.method, budget=budget, options=self.options)
+
+    def for_tokens(self, tokens: int) -> Reduction | None:
+        raise TypeError("a budget of a ladder is settled by the processor")
+
+
+class AutoBudget(OfLadder):
+    """The budget that an image asks for by what is in it (:mod:`vllm_ficoco.vision.complexity`)."""
+
+    lower: int = 0
+    """How many rungs less than that."""
+
+    def choices(self, tokens: int, share: Fraction, least: Fraction) -> list[int]:
+        """The budgets for an image, the best one first, then what is to be had if a method cannot
+        reach that: the larger ones, ascending.
+
+        Args:
+            tokens: of the image.
+            share: of them that the image asks for: the smallest rung that has as many.
+            least: share of them below which ``lower`` does not lead.
+        """
+        rungs = self.ladder(tokens)
+
+        def smallest(share: Fraction) -> int:
+            return sum(count >= int(tokens * share) for count in rungs[1:])
+
+        chosen = max(smallest(share), min(smallest(share) + self.lower, smallest(least)))
+        return rungs[chosen::-1]
+
+
+class Lowered(OfLadder):
+    """A budget, or that of no reduction, one rung lower."""
+
+    above: int | None = None
+    """The budget; None for all tokens."""
+
+    def choices(self, tokens: int) -> list[int]:
+        """The budgets for an image, the best one first: the largest rung below, what a method can
+        reach in its place, and the budget as it was."""
+        whole = min(self.above or tokens, tokens)
+        below = [count for count in self.ladder(tokens) if count < whole]
+        return [*below[:1], whole]
+
+
+@lru_cache
+def _parsed(rungs: tuple[str, ...]) -> tuple[Fraction | int, ...]:
+    return tuple(map(schedule.rung, rungs))
+
+
 def per_image(kwargs: Mapping[str, object], images: int) -> list[Reduction | None]:
     """The settings of every image of a prompt, from its ``mm_processor_kwargs``.
 
-    ``visual_token_budget`` is a number and ``reduction`` an object: for all images, or a list
-    with one entry an image, ``None`` for an image that keeps all its tokens.
+    ``visual_token_budget`` is a number or ``auto``, ``reduction`` an object: for all images, or a
+    list with one entry an image, ``None`` for an image that keeps all its tokens.
 
     Raises:
         SettingsError: both keys are given, a list has the wrong length, or an entry is wrong.
@@ -278,6 +378,10 @@ def per_image(kwargs: Mapping[str, object], images: int) -> list[Reduction | Non
     if len(value) != images:
         raise SettingsError(field, value, f"a list with one entry per image ({images})")
     return [None if v is None else read(v, f"{field}[{i}]") for i, v in enumerate(value)]
+
+
+def _is_auto(budget: object) -> bool:
+    return isinstance(budget, str) and budget == AUTO
 
 
 def _explain(error: ValidationError, field: str, model: type[BaseModel]) -> SettingsError:

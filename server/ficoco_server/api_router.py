@@ -22,6 +22,7 @@ from ficoco_server.protocol import OUR_KEYS, ChatRequest, ResponseRequest, holds
 from vllm_ficoco.settings import SettingsError
 
 CHAT, RESPONSES, ABOUT = "/v1/chat/completions", "/v1/responses", "/v1/reduction"
+METRICS = "/metrics"
 
 
 async def create_chat_completion(request: ChatRequest, raw_request: Request) -> Any:
@@ -69,7 +70,7 @@ def _documented(router: Any, path: str) -> dict[int | str, dict[str, Any]]:
 
 
 class Guard:
-    """Refuses our settings on routes that would ignore them.
+    """Refuses our settings on routes that would ignore them, and has /metrics say what is true.
 
     Args:
         app: the application behind.
@@ -82,6 +83,8 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request pass, or answer it with a 400."""
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if path.startswith(METRICS) and (reducer := _reducer(scope)):
+            reducer.pressure.look()  # a server that has become idle has told nobody
         if scope["type"] != "http" or scope["method"] != "POST" or path not in self.paths:
             return await self.app(scope, receive, send)
         messages: list[Message] = []
@@ -103,8 +106,13 @@ class Guard:
 
 def _largest_budget(scope: Scope) -> int | None:
     """The policy's, once the server is up."""
-    reducer = getattr(scope["app"].state, "ficoco", None) if "app" in scope else None
+    reducer = _reducer(scope)
     return reducer.policy.max_budget if reducer else None
+
+
+def _reducer(scope: Scope) -> Any:
+    """The server's, once it is up."""
+    return getattr(scope["app"].state, "ficoco", None) if "app" in scope else None
 
 
 def _refusal(body: bytes, path: str, largest: int | None) -> VLLMValidationError | None:

@@ -38,12 +38,14 @@ comes with the package:
 """
 FLAGS = (
     ("default-method", "METHOD", "method where a request names none (default: score)"),
-    ("default-budget", "TOKENS", "budget where a request has none (default: the largest, or all)"),
+    ("default-budget", "TOKENS", "or auto, where a request has none (default: the largest or all)"),
     ("min-budget", "TOKENS", "smallest budget that a request may ask for (default: 1)"),
     ("max-budget", "TOKENS", "largest; images may then not stay unreduced (default: no limit)"),
     ("methods", "NAMES", "methods that a request may name, with commas (default: all)"),
     ("low-budget", "TOKENS", 'budget of "detail": "low" (default: a ninth of the tokens)'),
     ("high-budget", "TOKENS", 'budget of "detail": "high" (default: no reduction)'),
+    ("auto-budgets", "LIST", "among which auto chooses (default: 1,1/3,2/9,1/9 of the tokens)"),
+    ("pressure", "HIGH:LOW", "loads at which budgets begin and end to yield (default: never)"),
 )  # fmt: skip
 
 # Removed when this process ends, not when one of its children does.
@@ -77,9 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from ficoco_server.policy import Policy, PolicyError
 
     try:
-        Policy.from_environment()
+        policy = Policy.from_environment()
     except PolicyError as error:
         parser.error(str(error))
+    if policy.pressure and arguments[0] == "run-batch":
+        parser.error("--reduction-pressure (FICOCO_PRESSURE) is for servers: nobody waits here")
     commands[arguments[0]](rest, stages)
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.v1.metrics.buckets import histogram_buckets
@@ -55,6 +55,13 @@ BLOCKS_SAVED = _once(
     "KV cache blocks, as vLLM counts them, that dropped visual tokens would have filled.",
     ["method"],
 )
+AUTO_BUDGETS = _once(
+    Counter,
+    "vllm_ficoco_auto_budgets_total",
+    "Images with the budget auto that were prefilled, by the rung that they came to: a share of "
+    "the N tokens of an image (N, N/3) or a number.",
+    ["rung"],
+)
 REQUESTS = _once(
     Counter,
     "vllm_ficoco_requests_total",
@@ -83,6 +90,27 @@ E2E_LATENCY = _once(
     ["method", "budget"],
     buckets=histogram_buckets("request_latency"),
 )
+LOWERED = _once(
+    Counter,
+    "vllm_ficoco_lowered_total",
+    "Requests that were prefilled with smaller images than they would have had without pressure.",
+    ["method"],
+)
+PRESSURE = _once(
+    Gauge,
+    "vllm_ficoco_pressure",
+    "Whether budgets that nobody has said yield: 1 while they do, 0 where they never do.",
+    [],
+    multiprocess_mode="mostrecent",
+)
+LOAD = _once(
+    Gauge,
+    "vllm_ficoco_pressure_load",
+    "The share of the server that is asked for, which is compared with the marks of pressure: of "
+    "its KV cache or of its places, whichever is larger.",
+    [],
+    multiprocess_mode="mostrecent",
+)
 
 
 def budget_bucket(reduction: Reduction | None) -> str:
@@ -105,6 +133,8 @@ class Prefilled(NamedTuple):
     """Visual tokens by what the series calls the stage."""
     bytes_saved: int
     blocks_saved: float
+    rung: str = ""
+    """What the budget auto has come to; empty for another."""
 
 
 class Observation:
@@ -115,6 +145,7 @@ class Observation:
         self.method, self.budget = NO_REDUCTION, TEXT
         self.cancelled = self.failed = False
         self._images: Sequence[Prefilled] = ()
+        self._lowered = False
         self._started = self._ended = False
         self._last: dict[int, float] = {}
 
@@ -126,9 +157,14 @@ class Observation:
             self.method = methods.pop() if len(methods) == 1 else MIXED
             self.budget = budgets.pop() if len(budgets) == 1 else MIXED
 
-    def describe(self, images: Sequence[Prefilled]) -> None:
-        """Say what the images will hold, once the prompt is rendered."""
-        self._images = images
+    def describe(self, images: Sequence[Prefilled], lowered: bool = False) -> None:
+        """Say what the images will hold, once the prompt is rendered.
+
+        Args:
+            images: of the prompt.
+            lowered: some of them hold less than they would without pressure.
+        """
+        self._images, self._lowered = images, lowered
 
     def finish(self, outcome: Outcome) -> None:
         """The end of the request; only the first one counts."""
@@ -184,11 +220,15 @@ class Observation:
     def _start(self) -> None:
         """The prompt is in the KV cache: its tokens count."""
         self._started = True
-        for method, tokens, bytes_saved, blocks_saved in self._images:
+        for method, tokens, bytes_saved, blocks_saved, rung in self._images:
             for stage, count in tokens.items():
                 VISUAL_TOKENS.labels(stage, method).inc(count)
             BYTES_SAVED.labels(method).inc(bytes_saved)
             BLOCKS_SAVED.labels(method).inc(blocks_saved)
+            if rung:
+                AUTO_BUDGETS.labels(rung).inc()
+        if self._lowered:
+            LOWERED.labels(self.method).inc()
 
     def _tick(self, result: Any) -> None:
         """A result with new tokens has come."""

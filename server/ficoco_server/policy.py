@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from vllm_ficoco import schedule
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.settings import (
+    AUTO,
+    AUTO_BUDGETS,
     DEFAULT_METHOD,
     MAX_BUDGET,
     NO_REDUCTION,
+    AutoBudget,
     Reduction,
     SettingsError,
     ShareOfTokens,
@@ -34,9 +40,32 @@ BY_POLICY = "by this server's policy"
 LOW_SHARE = 9
 """``detail: low`` is the number of an image's tokens divided by this, where nothing was set."""
 
+LOW_MARK = 0.8
+"""The low mark where only the high one is given: this share of it."""
+
 
 class PolicyError(ValueError):
     """The server's own configuration is wrong; it must not start."""
+
+
+class Marks(NamedTuple):
+    """At which loads pressure begins and ends."""
+
+    high: float
+    low: float
+
+    @classmethod
+    def parse(cls, text: str) -> Marks:
+        """``0.85:0.7``, or ``0.85``.
+
+        Raises:
+            ValueError: it is not that.
+        """
+        high, colon, low = text.partition(":")
+        marks = cls(float(high), float(low) if colon else LOW_MARK * float(high))
+        if not 0 < marks.low <= marks.high <= 1:
+            raise ValueError(text)
+        return marks
 
 
 class Policy(BaseModel):
@@ -46,7 +75,7 @@ class Policy(BaseModel):
 
     default_method: str = DEFAULT_METHOD
     """The method where a request names none."""
-    default_budget: int | None = None
+    default_budget: int | Literal["auto"] | None = None
     """The budget where a request names none; without one, such images are not reduced."""
     min_budget: int = 1
     max_budget: int | None = None
@@ -57,6 +86,10 @@ class Policy(BaseModel):
     """Budget of ``detail: low``; by default a ninth of the image's visual tokens."""
     high_budget: int | None = None
     """Budget of ``detail: high``; by default no reduction."""
+    auto_budgets: tuple[str, ...] = AUTO_BUDGETS
+    """Among which ``auto`` chooses, descending: shares of an image's tokens or numbers of them."""
+    pressure: Marks | None = None
+    """Loads at which budgets that nobody has said begin and end to yield; by default never."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Policy:
@@ -70,10 +103,16 @@ class Policy(BaseModel):
             text = environment.get(ENVIRONMENT_PREFIX + name.upper(), "").strip()
             if not text:
                 continue
-            if name == "methods":
+            if name == "default_budget" and text.lower() == AUTO:
+                given[name] = AUTO
+            elif name == "methods":
                 given[name] = tuple(part.strip() for part in text.split(",") if part.strip())
+            elif name == "auto_budgets":
+                given[name] = _rungs(name, text)
             elif name == "default_method":
                 given[name] = text
+            elif name == "pressure":
+                given[name] = None if text.lower() == NO_REDUCTION else _marks(name, text)
             elif text.lower() != NO_REDUCTION:
                 given[name] = _budget(name, text)
         policy = cls(**given)
@@ -111,7 +150,7 @@ class Policy(BaseModel):
             )
         for name in ("default_budget", "low_budget", "high_budget"):
             value = getattr(self, name)
-            if value is not None and not self.min_budget <= value <= limit:
+            if isinstance(value, int) and not self.min_budget <= value <= limit:
                 raise PolicyError(
                     f"the {name.replace('_', ' ')} {value} ({_names(name)}) is outside of the "
                     f"server's own limits, {self.min_budget} to {limit}"
@@ -133,6 +172,11 @@ class Policy(BaseModel):
                     "a default or largest budget cannot be kept with this model: "
                     f"{geometry.unsupported}"
                 )
+            if self.pressure is not None:
+                raise PolicyError(
+                    f"budgets of this model cannot yield to pressure ({_names('pressure')}): "
+                    f"{geometry.unsupported}"
+                )
             return
         if missing := geometry.lacks(METHODS[self.default_method]):
             able = [name for name in self.methods if not geometry.lacks(METHODS[name])]
@@ -145,8 +189,11 @@ class Policy(BaseModel):
         low = self.low(geometry)
         if isinstance(low, ShareOfTokens):
             low = low.count(layout.tokens)
+        default = self.default_budget
+        if isinstance(default, str):  # of auto, the method need not reach the lower rungs
+            default = self.auto().ladder(layout.tokens)[0]
         for name, budget in (
-            ("default_budget", self.default_budget),
+            ("default_budget", default),
             ("low_budget", low),
             ("high_budget", self.high()),
         ):
@@ -160,6 +207,15 @@ class Policy(BaseModel):
                     f"default method {self.default_method!r} on this model: it must be "
                     f"{error.allowed}"
                 ) from None
+
+    def auto(self) -> AutoBudget:
+        """Budget of an image that asks for ``auto``."""
+        return AutoBudget(
+            method=self.default_method,
+            rungs=self.auto_budgets,
+            least=self.min_budget,
+            most=self.max_budget,
+        )
 
     def low(self, geometry: Geometry) -> int | ShareOfTokens:
         """Budget of ``detail: low``; a share, where an image's tokens depend on its size."""
@@ -186,14 +242,46 @@ def _names(field: str) -> str:
     return f"{ENVIRONMENT_PREFIX}{field.upper()}, --reduction-{field.replace('_', '-')}"
 
 
+def _wrong(name: str, text: str, allowed: str) -> PolicyError:
+    return PolicyError(
+        f"the {name.replace('_', ' ')} {text!r} ({_names(name)}) is not valid: it must be {allowed}"
+    )
+
+
+def _marks(name: str, text: str) -> Marks:
+    try:
+        return Marks.parse(text)
+    except ValueError:
+        allowed = (
+            "a share of the server above 0 and not above 1, as in 0.85, or two, as in 0.85:0.7, "
+            "the second not above the first"
+        )
+        raise _wrong(name, text, allowed) from None
+
+
 def _budget(name: str, text: str) -> int:
     try:
         budget = int(text)
     except ValueError:
         budget = 0
     if not 1 <= budget <= MAX_BUDGET:
-        raise PolicyError(
-            f"the {name.replace('_', ' ')} {text!r} ({_names(name)}) is not valid: it must be a "
-            f"whole number from 1 to {MAX_BUDGET}"
-        )
+        auto = f", or {AUTO!r}" if name == "default_budget" else ""
+        raise _wrong(name, text, f"a whole number from 1 to {MAX_BUDGET}{auto}")
     return budget
+
+
+def _rungs(name: str, text: str) -> tuple[str, ...]:
+    """The entries of a ladder, in the one spelling that each has."""
+    rungs = []
+    for entry in text.split(","):
+        try:
+            rungs.append(schedule.rung(entry.strip()))
+        except ValueError as error:
+            raise _wrong(name, text, f"a list, with commas, of which each is {error}") from None
+    for kind in (int, Fraction):  # of a share and a number, the image decides which is more
+        same = [rung for rung in rungs if isinstance(rung, kind)]
+        if any(upper <= lower for upper, lower in pairwise(same)):
+            raise _wrong(name, text, "descending, without repeating one")
+    if any(isinstance(rung, int) and rung > MAX_BUDGET for rung in rungs):
+        raise _wrong(name, text, f"of no number above {MAX_BUDGET}")
+    return tuple(map(str, rungs))

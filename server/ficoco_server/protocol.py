@@ -17,7 +17,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from ficoco_server.metrics import Observation
 from ficoco_server.resolve import DETAIL_KEY, Level, Settled, detail_of
-from vllm_ficoco.settings import BUDGET_KEY, REDUCTION_KEY, SettingsError
+from vllm_ficoco.settings import AUTO, BUDGET_KEY, REDUCTION_KEY, SettingsError
 
 OUR_KEYS = (BUDGET_KEY, REDUCTION_KEY)
 IMAGE_KEYS = (*OUR_KEYS, DETAIL_KEY)
@@ -48,14 +48,23 @@ class ReductionFields(BaseModel):
 
     # Any: judged later, with one message for every mistake; the schema is for the API's docs.
     visual_token_budget: Annotated[
-        Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})
-    ] = Field(default=None, description="Visual tokens that every image of the request may keep.")
+        Any,
+        WithJsonSchema(
+            {"anyOf": [{"type": "integer", "minimum": 1}, {"const": AUTO}, {"type": "null"}]}
+        ),
+    ] = Field(
+        default=None,
+        description="Visual tokens that every image of the request may keep, or 'auto': by what is "
+        "in it.",
+    )
     reduction: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]})] = (
         Field(default=None, description="Method, budget and options; see GET /v1/reduction.")
     )
 
     _asked: Asked = PrivateAttr(default=Asked())
     _settled: list[Settled] = PrivateAttr(default_factory=list)
+    _lowers: bool | None = PrivateAttr(default=None)
+    """Whether budgets of its that nobody has said are a rung lower; None before that is decided."""
     _seen: Observation = PrivateAttr(default_factory=Observation)
     _report: dict[str, Any] | None = PrivateAttr(default=None)
 
@@ -202,7 +211,8 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
         twice = {key: said[key] for key in said if inside.get(key, said[key]) != said[key]}
         refuse(Level(path, twice))
         embeds = "image_embeds" in (part.get("type"), *part)
-        images.append(Level(path, said | inside, embeds=embeds, inside=tuple(inside)))
+        named = part.get("uuid") is not None
+        images.append(Level(path, said | inside, embeds, named, inside=tuple(inside)))
         return _drop(part)
 
     def turn(message: Any, path: str) -> Any:

@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from ficoco_server.metrics import INVALID, MIXED, Prefilled
 from ficoco_server.policy import Policy
+from ficoco_server.pressure import Pressure
 from ficoco_server.protocol import ReductionFields, count_images
 from ficoco_server.resolve import Level, as_written, fit, settled
 from vllm_ficoco import schedule
@@ -22,9 +23,22 @@ from vllm_ficoco.cost import Decoder, mlp_width, prefill_flops_ratio
 from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.engine.gaps import Run, held_of
 from vllm_ficoco.methods import METHODS
-from vllm_ficoco.models.processing import COUNTS_KEY, RefusedImage, RefusedPositions
+from vllm_ficoco.models.processing import (
+    COUNTS_KEY,
+    LOWERED_KEY,
+    RefusedImage,
+    RefusedPositions,
+)
 from vllm_ficoco.plugin import MODELS
-from vllm_ficoco.settings import NO_REDUCTION, Reduction, SettingsError, ShareOfTokens
+from vllm_ficoco.settings import (
+    AUTO,
+    NO_REDUCTION,
+    AutoBudget,
+    OfLadder,
+    Reduction,
+    SettingsError,
+    ShareOfTokens,
+)
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
 from vllm_ficoco.vision.layout import Layout
 
@@ -61,6 +75,7 @@ class Reducer:
             self.geometry = Geometry.none(str(error))
         multimodal = model.multimodal_config
         self.shared_memory = multimodal and multimodal.mm_processor_cache_type == "shm"
+        self.vocabulary = range(model.get_vocab_size())
         vision = getattr(model.hf_config, "vision_config", None)
         self.image_size: int = getattr(vision, "image_size", 0)
         """Pixels of a side of what the tower takes in: an image, or a tile of it."""
@@ -68,6 +83,8 @@ class Reducer:
             self.geometry = Geometry.none("this server takes no images")
         self.largest: Layout | None = None
         """Of the image that has most tokens; None where nothing can be reduced."""
+        self.pressure = Pressure()
+        """On the server."""
         self.most_inputs = 1
         """Thumbnail and tiles of the image that has most."""
         if self.geometry.by_image:
@@ -107,11 +124,16 @@ class Reducer:
             images = request._asked.images
             earlier = max(count_images(messages) - len(images), 0)
             request._settled = settled(
-                self.policy, request.level, [Level()] * earlier + [*images], self.geometry
+                self.policy,
+                request.level,
+                [Level()] * earlier + [*images],
+                self.geometry,
+                bool(request._lowers),
             )
             settings = [image.reduction for image in request._settled]
-            if not self.geometry.by_image:
-                _refuse_whole_prompts(request, settings)
+            # Not by what is in an image: of a ladder, whatever it comes to.
+            waiting = [r for r in settings if isinstance(r, OfLadder)]
+            _refuse_whole_prompts(request, waiting if self.geometry.by_image else settings)
             return settings
         except SettingsError as error:
             raise _refusal(request, error) from None
@@ -122,13 +144,16 @@ class Reducer:
         Raises:
             VLLMValidationError: those of an image cannot be used.
         """
-        images = request._settled
-        if not self.geometry.by_image:
-            return [image.reduction for image in images]  # that was seen to at once
+        images, made = request._settled, engine_input.get(COUNTS_KEY, ())
+        if not self.geometry.by_image:  # all but what waits for the image was seen to at once
+            if not any(isinstance(image.reduction, OfLadder) for image in images):
+                return [image.reduction for image in images]
+            return [packed.reduction for packed in made]
         try:
             settings = [
-                packed.layout and fit(self.policy, image, self.geometry, packed.layout)
-                for image, packed in zip(images, engine_input.get(COUNTS_KEY, ()), strict=False)
+                packed.layout
+                and fit(self.policy, image, self.geometry, packed.layout, packed.reduction)
+                for image, packed in zip(images, made, strict=False)
             ]
             _refuse_whole_prompts(request, settings)
             return settings
@@ -301,9 +326,19 @@ class Reducer:
         return True
 
     def report(
-        self, settings: Sequence[Reduction | None], embeds: Sequence[bool], engine_input: Any
+        self,
+        settings: Sequence[Reduction | None],
+        embeds: Sequence[bool],
+        engine_input: Any,
+        asked: Sequence[Reduction | None] = (),
     ) -> dict[str, Any] | None:
         """What the engine was given, read from its input; None for a request without images.
+
+        Args:
+            settings: of every image.
+            embeds: which of them come as embeddings.
+            engine_input: what the processor has made of the prompt.
+            asked: the settings before their images were seen, to name those that waited for them.
 
         Raises:
             RuntimeError: it is not what the settings say.
@@ -349,6 +384,12 @@ class Reducer:
                 settings, before, kept, by_stage, strict=True
             )
         ]
+        for image, waited in zip(images, asked, strict=False):
+            if isinstance(waited, AutoBudget):
+                image["requested"] = AUTO
+        for image, less in zip(images, engine_input.get(LOWERED_KEY, ()), strict=False):
+            if less:
+                image["lowered_by"] = "pressure"
         methods, budgets = ({image[key] for image in images} for key in ("method", "budget"))
         text, layers = prompt - sum(entering), self.decoder.layers
         in_layers = sum(schedule.total_over_layers(held, spans) for held in by_stage)
@@ -390,12 +431,16 @@ class Reducer:
             if len(spans) > 1:
                 tokens |= {f"layer_{n}": held for n, held in zip(starts, by_stage, strict=True)}
             left = [before - held for held in by_stage]
+            rung = ""
+            if image.get("requested") == AUTO:
+                rung = self.policy.auto().rung_name(image["budget"] or before, before)
             images.append(
                 Prefilled(
                     image["method"],
                     tokens,
                     schedule.total_over_layers(left, spans) * per_layer,
                     schedule.total_over_layers(left, groups) / self.block_size,
+                    rung,
                 )
             )
         return images
@@ -449,6 +494,14 @@ class Reducer:
                 "budget": policy.default_budget,
                 "detail": details,
             },
+            "auto": {
+                "budgets": [
+                    schedule.rung_name(schedule.rung(entry)).replace("/", " / ")
+                    for entry in policy.auto_budgets
+                ],
+                "meaning": "one of these for each image, by what is in it, within the policy's "
+                "limits; N is what it has unreduced",
+            },
             "policy": {
                 "methods": [
                     name
@@ -460,6 +513,7 @@ class Reducer:
                 "min_budget": policy.min_budget,
                 "max_budget": policy.max_budget,
             },
+            "pressure": self.pressure.describe(),
             "methods": [
                 {
                     "name": method.name,

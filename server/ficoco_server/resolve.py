@@ -15,13 +15,17 @@ from typing import Any, NamedTuple
 from ficoco_server.policy import BY_POLICY, Policy
 from vllm_ficoco.schedule import average_over_layers
 from vllm_ficoco.settings import (
+    AUTO,
     BUDGET_KEY,
     MAX_BUDGET,
     NO_REDUCTION,
     REDUCTION_KEY,
+    AutoBudget,
+    Lowered,
+    OfLadder,
     Reduction,
     SettingsError,
-    ShareOfTokens,
+    Waiting,
     check_size,
 )
 from vllm_ficoco.vision.geometry import Geometry
@@ -49,6 +53,8 @@ class Level(NamedTuple):
     """Our keys as they were sent, nulls left out."""
     embeds: bool = False
     """The image comes as embeddings, which cannot be reduced."""
+    named: bool = False
+    """The image has a ``uuid``, by which it is found again, together with its settings."""
     inside: tuple[str, ...] = ()
     """Keys that stood in the image's ``image_url``."""
 
@@ -63,10 +69,12 @@ class Wish(NamedTuple):
     """Settings on their way from the server's default over the request to one image."""
 
     method: str
-    budget: int | ShareOfTokens | None
+    budget: int | Waiting | None
     options: Mapping[str, Any] = {}
     field: str = ""
     """Where it was said; empty for the server's default."""
+    said: bool = False
+    """How many tokens was said, too: this budget is no default of the server's."""
 
 
 class Settled(NamedTuple):
@@ -81,33 +89,59 @@ class Settled(NamedTuple):
 
 
 def settled(
-    policy: Policy, request: Level, images: Sequence[Level], geometry: Geometry
+    policy: Policy,
+    request: Level,
+    images: Sequence[Level],
+    geometry: Geometry,
+    lower: bool = False,
 ) -> list[Settled]:
     """What holds for every image of a request; where its size matters, before :func:`fit`.
 
     The nearest wins, part by part: a budget on an image goes with the method that the request
     names around it.
 
+    Args:
+        policy: of the server.
+        request: what is said on the request.
+        images: what is said on each image.
+        geometry: of the model.
+        lower: budgets that nobody has said, and those of ``auto``, are a rung lower.
+
     Raises:
-        SettingsError: what was said cannot be used here.
+        SettingsError: what was said cannot be used here; nothing more than without ``lower``.
     """
-    default = Wish(policy.default_method, policy.default_budget)
-    general = _narrow(policy, default, request, geometry)
+    general = _narrow(policy, _default(policy), request, geometry)
     if not images and general.field and general.method != NO_REDUCTION:
         key, value = next(iter(request.said.items()))
         raise SettingsError(request.field(key), value, "left out: the request has no images")
     known = not geometry.unsupported and not geometry.by_image
     admitted = []
     for image in images:
-        one = _admit(policy, _narrow(policy, general, image, geometry), image, geometry)
-        if known:
+        wish = _narrow(policy, general, image, geometry)
+        one = _admit(policy, wish, image, geometry)
+        if lower and not geometry.unsupported:
+            one = _lowered(policy, wish, one, image)
+        if known and not isinstance(one.reduction, OfLadder):
             one = one._replace(reduction=fit(policy, one, geometry, geometry.layout))
         admitted.append(one)
     return admitted
 
 
-def fit(policy: Policy, image: Settled, geometry: Geometry, layout: Layout) -> Reduction | None:
+def fit(
+    policy: Policy,
+    image: Settled,
+    geometry: Geometry,
+    layout: Layout,
+    chosen: Reduction | None = None,
+) -> Reduction | None:
     """The settings of an image of this layout; None where it keeps all its tokens.
+
+    Args:
+        policy: of the server.
+        image: what was settled for it before it was seen.
+        geometry: of the model.
+        layout: of the image.
+        chosen: what the processor has chosen of a ladder, which holds.
 
     Raises:
         SettingsError: the method cannot reach the budget, or the policy forbids what comes out.
@@ -117,6 +151,8 @@ def fit(policy: Policy, image: Settled, geometry: Geometry, layout: Layout) -> R
         if policy.max_budget and layout.tokens > policy.max_budget and not image.embeds:
             raise SettingsError(image.field, NO_REDUCTION, policy.limits())
         return None
+    if isinstance(reduction, OfLadder):
+        return chosen
     try:
         geometry.stages(reduction, layout=layout)
         if reduction.budget is None:
@@ -143,6 +179,12 @@ def as_written(image: Settled, error: SettingsError) -> SettingsError:
     return SettingsError(field, error.value, error.allowed)
 
 
+def _default(policy: Policy) -> Wish:
+    """What holds where nothing is said."""
+    budget = policy.default_budget
+    return Wish(policy.default_method, policy.auto() if isinstance(budget, str) else budget)
+
+
 def _narrow(policy: Policy, around: Wish, level: Level, geometry: Geometry) -> Wish:
     """What holds at a level, given what holds around it."""
     said, field = _read(policy, level, geometry)
@@ -150,9 +192,11 @@ def _narrow(policy: Policy, around: Wish, level: Level, geometry: Geometry) -> W
         return around
     if said.get("method") == NO_REDUCTION:
         Reduction.parse(said, field)
-        return Wish(NO_REDUCTION, None, field=field)
+        return Wish(NO_REDUCTION, None, field=field, said=True)
     if around.method == NO_REDUCTION:  # said farther away: no more than "not by default"
-        around = Wish(policy.default_method, policy.default_budget)
+        around = _default(policy)
+    if said.get("budget") == AUTO:
+        said = {**said, "budget": policy.auto()}
     method = said.get("method", around.method)
     inherited = dict(around.options) if method == around.method else {}
     if "budget" in said:
@@ -162,14 +206,19 @@ def _narrow(policy: Policy, around: Wish, level: Level, geometry: Geometry) -> W
     if isinstance(options, Mapping) and options.get("tokens") is not None:
         budget = said.get("budget")  # that of a level around does not hold: these are instead of it
         settings["budget"] = budget
+    elif budget is None:
+        settings["budget"] = 1  # checked where it is really needed
     else:
-        settings["budget"] = 1 if budget is None else budget  # checked where it is really needed
+        settings["budget"] = budget
+    if isinstance(budget, AutoBudget):
+        settings["budget"] = AUTO
+    counted = around.said or "budget" in said
     if field.endswith(REDUCTION_KEY):
         checked = Reduction.parse(settings, field)
-        return Wish(checked.method, budget, checked.options, field)
-    if not isinstance(budget, ShareOfTokens):
+        return Wish(checked.method, budget, checked.options, field, counted)
+    if not isinstance(budget, Waiting):
         Reduction.of_budget(budget, field)
-    return Wish(method, budget, options, field)
+    return Wish(method, budget, options, field, counted)
 
 
 def _read(policy: Policy, level: Level, geometry: Geometry) -> tuple[dict[str, Any] | None, str]:
@@ -228,9 +277,9 @@ def _admit(policy: Policy, wish: Wish, image: Level, geometry: Geometry) -> Sett
             f"{wish.field}.budget", None, "given: this server has no default budget"
         )
     if geometry.unsupported:
-        raise SettingsError(wish.field, wish.budget, f"left out: {geometry.unsupported}")
+        raise SettingsError(wish.field, _word(wish.budget), f"left out: {geometry.unsupported}")
     if image.embeds:
-        value = "low" if isinstance(wish.budget, ShareOfTokens) else wish.budget
+        value = _word(wish.budget)
         raise SettingsError(wish.field, value, "left out for image_embeds")
     whole = wish.field.endswith(REDUCTION_KEY)
     if wish.method not in policy.methods:
@@ -241,7 +290,7 @@ def _admit(policy: Policy, wish: Wish, image: Level, geometry: Geometry) -> Sett
         )
     field = f"{wish.field}.budget" if whole else wish.field
     reduction: Reduction
-    if isinstance(wish.budget, ShareOfTokens):
+    if isinstance(wish.budget, Waiting):
         reduction = wish.budget.with_method(wish.method, wish.options)
     else:
         if wish.budget is not None:
@@ -251,6 +300,36 @@ def _admit(policy: Policy, wish: Wish, image: Level, geometry: Geometry) -> Sett
     if geometry.by_image:  # what the model lacks for the method, whatever the image
         geometry.check_method(reduction, field)
     return Settled(reduction, field)
+
+
+def _lowered(policy: Policy, wish: Wish, settled: Settled, image: Level) -> Settled:
+    """What was settled for an image, a rung lower if its budget is the server's affair.
+
+    One with a uuid keeps its settings, or it would not be found by its uuid when they are others.
+    """
+    automatic = isinstance(settled.reduction, AutoBudget)
+    by_stage = wish.options.get("tokens") is not None
+    if image.embeds or image.named or by_stage or (wish.said and not automatic):
+        return settled
+    if isinstance(settled.reduction, AutoBudget):
+        return settled._replace(reduction=settled.reduction.model_copy(update={"lower": 1}))
+    assert not isinstance(wish.budget, Waiting)
+    lower = Lowered(
+        method=wish.method,
+        options=dict(wish.options),
+        rungs=policy.auto_budgets,
+        least=policy.min_budget,
+        most=policy.max_budget,
+        above=wish.budget,
+    )
+    return settled._replace(reduction=lower)
+
+
+def _word(budget: int | Waiting | None) -> int | str | None:
+    """A budget as a client says it."""
+    if isinstance(budget, Waiting):
+        return AUTO if isinstance(budget, AutoBudget) else "low"
+    return budget
 
 
 def _within(policy: Policy, budget: int, field: str) -> None:

@@ -27,6 +27,7 @@ from ficoco_server.reducer import Reducer
 from ficoco_server.resolve import Level, fit, settled
 from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.models.processing import RefusedPositions, tokens_by_hash
+from vllm_ficoco.models.question import LONGEST
 from vllm_ficoco.packed import PACKED_FIELD, Packed, unpack
 from vllm_ficoco.settings import REDUCTION_KEY, Reduction, SettingsError
 from vllm_ficoco.vision.layout import Layout
@@ -123,6 +124,7 @@ def _due(item: Any, field: str, reducer: Reducer, by_hash: Due | None, elsewhere
             raise SettingsError(field, None, why)
         return by_hash
     packed = _packed_in(item, field)
+    _check_question(packed, field, reducer)
     if EMBEDS in item and PIXELS not in item and packed.reduction is None:
         rows = (*_shape(item, EMBEDS), 0)[0]
         width = reducer.decoder.hidden_size * (1 + reducer.geometry.deepstack)
@@ -159,6 +161,17 @@ def _packed_in(item: Any, field: str) -> Packed:
     except (ValueError, AttributeError, TypeError, RecursionError):
         allowed = "an item with settings as a render writes them"
         raise SettingsError(field, PACKED_FIELD, allowed) from None
+
+
+def _check_question(packed: Packed, field: str, reducer: Reducer) -> None:
+    """Whether a question is one, of a method that asks: the engine looks its tokens up unseen."""
+    if not packed.question:
+        return
+    asked = packed.reduction is not None and packed.reduction.spec.asks_question
+    fits = len(packed.question) <= LONGEST and all(w in reducer.vocabulary for w in packed.question)
+    if not asked or not fits:
+        allowed = "a render's: a question has a method that asks for it, and tokens of the model"
+        raise SettingsError(f"{field}.{PACKED_FIELD}", packed.question, allowed)
 
 
 def _admitted(

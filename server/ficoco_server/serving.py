@@ -24,7 +24,9 @@ from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.chat_utils import parse_chat_messages_async
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from ficoco_server.load import watch
 from ficoco_server.media import load_images_with_ours
+from ficoco_server.metrics import LOWERED
 from ficoco_server.plugin import MODEL_PLUGIN, NAME
 from ficoco_server.policy import Policy, PolicyError
 from ficoco_server.protocol import ReductionFields, is_image
@@ -33,7 +35,7 @@ from ficoco_server.scale_out import ReductionTokens
 from ficoco_server.sent import remember_what_is_sent
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.models.processing import RefusedImage, RefusedPositions
-from vllm_ficoco.settings import REDUCTION_KEY, SettingsError
+from vllm_ficoco.settings import REDUCTION_KEY, OfLadder, SettingsError
 from vllm_ficoco.vision.geometry import STAGES_KEY
 
 T = TypeVar("T")
@@ -52,7 +54,10 @@ def install(engine_client: Any, state: Any) -> None:
     processor = engine_client.renderer.mm_processor
     # vLLM lets a step encode as much as its encoder cache holds, and of one image or video all.
     room = engine_client.input_processor.mm_encoder_cache_size
-    reducer = Reducer(engine_client.vllm_config, Policy.from_environment(), processor, room)
+    policy = Policy.from_environment()
+    reducer = Reducer(engine_client.vllm_config, policy, processor, room)
+    reducer.pressure = watch(engine_client, policy)
+    LOWERED.labels(policy.default_method)  # from the start, or a first increase would not be seen
     _check_stages(os.environ.get("FICOCO_STAGES", ""), reducer.geometry.starts)
     chat = state.openai_serving_chat
     renderer = _adopt(ReductionRenderer, chat.online_renderer)
@@ -103,6 +108,24 @@ class ReductionRenderer(OnlineRenderer):
         """As in vLLM; chat completions and responses both render their prompts here."""
         if not _is_ours(request):
             return await super().preprocess_chat(request, messages, *args, **kwargs)
+        pressure = self.reducer.pressure
+        with pressure.entering():
+            if request._lowers is None:  # once, even if its prompt is rendered again after a tool
+                request._lowers = pressure.look()
+            try:
+                return await self._preprocess(request, messages, *args, **kwargs)
+            except VLLMValidationError:
+                waiting = (isinstance(image.reduction, OfLadder) for image in request._settled)
+                if not request._lowers or not any(waiting):
+                    raise
+            # Nothing is refused for the load. The method that reduces what would have stayed whole
+            # may not go with what else the request wants.
+            request._lowers = False
+            return await self._preprocess(request, messages, *args, **kwargs)
+
+    async def _preprocess(
+        self, request: Any, messages: Any, *args: Any, **kwargs: Any
+    ) -> tuple[list[Any], list[Any]]:
         try:
             settings = self.reducer.settle(request, messages)
         except VLLMValidationError as refused:
@@ -121,7 +144,7 @@ class ReductionRenderer(OnlineRenderer):
                 media_io_kwargs=request.media_io_kwargs,
                 trust_request_mm_kwargs=self.trust_request_mm_kwargs,
             )
-            # As they are: a share of an image's tokens has no form that a client could send.
+            # As they are: what waits for the image has no form that a client could send.
             request.mm_processor_kwargs = {**(theirs or {}), REDUCTION_KEY: settings}
             render = self.trusting.preprocess_chat
         else:
@@ -143,8 +166,12 @@ class ReductionRenderer(OnlineRenderer):
         request._seen.expect(settings)
         self.reducer.refuse_too_long(request, settings, embeds, engine_input)
         self.reducer.refuse_too_many(request, settings, embeds, engine_input)
-        request._report = self.reducer.report(settings, embeds, engine_input)
-        request._seen.describe(self.reducer.prefilled(request._report))
+        asked = [image.reduction for image in request._settled]
+        request._report = self.reducer.report(settings, embeds, engine_input, asked)
+        request._seen.describe(
+            self.reducer.prefilled(request._report),
+            any("lowered_by" in image for image in (request._report or {}).get("images", ())),
+        )
         return rendered
 
     async def render_responses(self, request: Any, **kwargs: Any) -> Any:

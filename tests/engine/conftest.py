@@ -48,6 +48,11 @@ class Ask:
         return f"USER: {'<image> ' * len(self.images)}{self.question} ASSISTANT:"
 
     @property
+    def behind(self) -> str:
+        """What the prompt says behind its images."""
+        return f"{self.question} ASSISTANT:"
+
+    @property
     def for_vllm(self) -> dict[str, Any]:
         request: dict[str, Any] = {"prompt": self.prompt}
         if self.images:

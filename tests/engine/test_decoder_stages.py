@@ -87,6 +87,9 @@ def asks_of_every_kind() -> list[Ask]:
         Ask([5], [wish("random-decoder", 80, 40, 0, seed=7)]),
         Ask([3], [wish("ficoco-vl", 110, 80, 40, 20)]),
         Ask([3, 4], [wish("vitcop", 130, 60, 20), wish("vitcop", 100, 70, 0)]),
+        Ask([4], [wish("tops", 130, 60, 20)]),
+        Ask([5, 3], [wish("tops", 90, 50, 0), wish("mustdrop", 110, 80, 40, 20)]),
+        Ask([6], [wish("mustdrop", 50, 40, 40, 0)]),
         Ask([7], [wish("ficoco-l", 80, 40, 20, text="is looked at")]),
         Ask([7], [wish("ficoco-l", 80, 40, 20, causal=True)]),
         Ask([7], [wish("ficoco-l", 80, 40, 20, penalty=2.0, beta=0.3, gamma=0.9)]),
@@ -97,7 +100,7 @@ def asks_of_every_kind() -> list[Ask]:
     return [Ask(a.images, a.settings, a.question, sampling) for a in asks]
 
 
-VISION = {"ficoco-vl": "ficoco-v", "vitcop": "topk"}
+VISION = {"ficoco-vl": "ficoco-v", "vitcop": "topk", "tops": "tops", "mustdrop": "mustdrop"}
 """What methods in both places do in the tower."""
 
 
@@ -106,6 +109,7 @@ def expected(
 ) -> Answer:
     """What the reference says to a request, with so many tokens to a KV block."""
     visual, choose, kept, grid = [], [], [], []
+    reference.ask(ask.behind)
     for image, settings in zip(ask.pictures, ask.settings, strict=True):
         settings = settings or {"method": "none"}
         method, options = settings["method"], dict(settings.get("options", {}))
@@ -129,6 +133,8 @@ def expected(
             choose[-1] = partial(chosen_at, method, options)
         if method == "vitcop":  # published at layers 2 and 22 of 32: stages 1 and 3 here
             kept[-1] = [tokens[1], tokens[1], tokens[2]]
+        if method == "tops":  # at 12 and 24: of 6 layers, before layer 2 (or else 3), and layer 4
+            kept[-1] = [tokens[int(2 in stages)], tokens[1], tokens[2]]
     embeds, places = reference.embed(ask.prompt, visual)
     keep = {
         layer: [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm.exceptions import VLLMValidationError
 
 from tests.engine.conftest import NEW_TOKENS, Ask, Engine, check_samples, picture
 from tests.reference.llava import ReferenceLlava
@@ -27,6 +28,8 @@ OPTIONS = [
     ("visionzip", {"contextual": 0.5}),
     ("prumerge", {"neighbours": 4}),
     ("random", {"seed": 7}),
+    ("cdpruner", {"alpha": 2.0}),
+    ("recoverable", {"recovered": 0.4, "merged": 0.3, "neighbours": 2}),
 ]
 
 
@@ -49,6 +52,8 @@ def asks_of_every_kind() -> list[Ask]:
         Ask([1, 2], [{"budget": 30}, None]),
         Ask([2, 1], [{"method": "tome", "budget": 20}, {"method": "topk", "budget": 7}]),
         Ask([6, 7, 8], [{"budget": 30}] * 3),
+        Ask([1, 2], [{"method": "recoverable", "budget": 30}, {"method": "cdpruner", "budget": 9}]),
+        Ask([2], [{"method": "cdpruner", "budget": 9}], question="how many stars are there ?"),
         Ask([4, 4, 4], [{"budget": 64}, {"budget": 9}, {"method": "none"}]),
         Ask([5], [{"budget": 144}]),
         Ask([5], [{"budget": 100_000}]),
@@ -57,6 +62,7 @@ def asks_of_every_kind() -> list[Ask]:
 
 def check(reference: ReferenceLlava, ask: Ask, output: object) -> None:
     """One output is what the reference generates, over as many prompt tokens."""
+    reference.ask(ask.behind)
     visual = [
         reference.visual_tokens(
             picture(seed),
@@ -105,6 +111,68 @@ def test_without_stages_scheduler_attention_and_kv_cache_are_vllms_own(engine: E
     for layer in engine.model.language_model.model.layers:
         assert type(layer.self_attn.attn) is Attention
         assert layer.self_attn.attn.attn_backend.__module__.startswith("vllm.")
+
+
+QUESTIONS = ("what color is the circle ?", "how many stars are there ?")
+
+
+@pytest.mark.parametrize("method", ["cdpruner", "recoverable"])
+def test_one_image_two_questions(engine: Engine, reference: ReferenceLlava, method: str) -> None:
+    """In one batch and one after the other, with every cache on, each gets what it asks for."""
+    settings = {"method": method, "budget": 40}  # a KV block and more
+    asks = [Ask([40], [settings], question) for question in QUESTIONS]
+    own = []
+    for ask, other in zip(asks, reversed(asks), strict=True):
+        reference.ask(other.behind)
+        foreign = reference.visual_tokens(picture(40), method, 40)
+        mistaken, length = reference.generate(ask.prompt, [foreign], NEW_TOKENS)
+        reference.ask(ask.behind)
+        tokens = reference.visual_tokens(picture(40), method, 40)
+        own.append(reference.generate(ask.prompt, [tokens], NEW_TOKENS)[0])
+        assert mistaken != own[-1], "the other question's tokens would not be noticed"
+        assert length == len(tokens) + len(ask.prompt.split()) - 1
+    for order in ([0, 1], [0], [1], [0], [1, 0]):
+        outputs = engine.generate([asks[i] for i in order])
+        assert [list(output.outputs[0].token_ids) for output in outputs] == [own[i] for i in order]
+    assert outputs[0].num_cached_tokens > 0, "no cache was asked"
+
+
+def hashes(engine: Engine, method: str, question: str) -> list[str]:
+    """Of three images of a prompt, the first as it is and the others by a method."""
+    settings = {"method": method, "budget": 11}
+    ask = Ask([41, 42, 41], [None, settings, settings], question)
+    made = engine.rendered(ask)
+    engine.add(ask, "any", made)
+    engine.finished()
+    return made["mm_hashes"]["image"]
+
+
+@pytest.mark.parametrize("method", [n for n in REDUCING if n in ("topk", "dpp", "cdpruner")])
+def test_a_question_is_in_the_hash_of_images_whose_method_asks(engine: Engine, method: str) -> None:
+    """And in no other's, so that they are reused for every question."""
+    whole, *one = hashes(engine, method, QUESTIONS[0])
+    other, *two = hashes(engine, method, QUESTIONS[1])
+    assert whole == other
+    assert (one == two) == (method != "cdpruner")
+    assert not {*one} & {*two} or method != "cdpruner"
+
+
+def test_a_prompt_of_token_ids_asks_the_same(engine: Engine) -> None:
+    ask = Ask([43], [{"method": "cdpruner", "budget": 11}])
+    ids = engine.llm.get_tokenizer().encode(ask.prompt)
+    request = {name: value for name, value in ask.for_vllm.items() if name != "prompt"}
+    outputs = engine.llm.generate(
+        [ask.for_vllm, {**request, "prompt_token_ids": ids}], engine.params(), use_tqdm=False
+    )
+    assert outputs[0].prompt_token_ids == outputs[1].prompt_token_ids
+    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
+
+
+def test_a_request_cannot_set_a_question(engine: Engine) -> None:
+    request = Ask([44], [{"method": "cdpruner", "budget": 11}]).for_vllm
+    request["mm_processor_kwargs"]["reduction_questions"] = [[7]]
+    with pytest.raises(VLLMValidationError, match="reduction_questions is not for requests"):
+        engine.llm.generate([request], engine.params(), use_tqdm=False)
 
 
 def test_samples_of_a_reduced_prompt_are_those_of_single_requests(engine: Engine) -> None:

@@ -161,6 +161,9 @@ def of_every_method() -> list[Shown]:
         show(("tall", to(20, "random", seed=7))),
         show(("wide", to(20, "visionzip", contextual=0.5))),
         show(("line", to(4, "resize")), ("column", to(30, "resize"))),
+        show(("odd", to(12, "cdpruner")), ("odd", to(12, "cdpruner")), question="how many ?"),
+        show(("odd", to(12, "cdpruner")), question="what is the star ?"),
+        show(("tall", to(12, "recoverable", recovered=0.4)), question="how many ?"),
         show(("huge", to(71, "resize")), ("odd", to(4, "resize"))),
     ]
 
@@ -169,6 +172,7 @@ def expected(reference: ReferenceQwen, ask: Ask) -> Answer:
     """What the reference says to a request."""
     assert isinstance(ask, Shown)
     with one_thread():
+        reference.ask(ask.behind)
         return reference.answer(
             ask.prompt,
             ask.pictures,
@@ -394,6 +398,8 @@ def in_the_decoder() -> list[Shown]:
         show(("square", wish("ficoco-vl", 30, 20, 15, 8)), ("tall", to(12, "ficoco-v"))),
         show(("square", wish("vitcop", 40, 30, 12)), ("odd", wish("vitcop", 30, 20, 9))),
         show(("line", wish("vitcop", 30, 20, 4)), ("tiny", wish("fastv", 2))),
+        show(("odd", wish("tops", 25, 15, 6)), ("square", wish("mustdrop", 40, 30, 20, 8))),
+        show(("column", wish("mustdrop", 20, 15, 9, 4))),
         show(("wide", wish("ficoco-l", 20, 15, 10, penalty=2.0))),
         show(("huge", wish("k-norm", 60, 30, 0)), ("square", None)),
         show(("odd", to(9, "topk")), ("tall", to(9, "resize"))),

@@ -134,6 +134,8 @@ def in_the_decoder() -> list[Ask]:
         show(("rows alone", wish("vitcop", 19, 9, 2)), ("huge", wish("k-norm", 70, 40, 10))),
         show(("tall", wish("vitcop", 40, 25, 9, newlines="all"))),
         show(("tiny", wish("vitcop", 24, 15, 6, newlines="all"))),
+        show(("padded", wish("tops", 50, 30, 12)), ("tall", wish("tops", 40, 25, 9))),
+        show(("wide", wish("mustdrop", 50, 30, 20, 9)), ("square", wish("mustdrop", 60, 40, 9, 0))),
         show(*(("square", wish("k-norm", 50, 30, 12)),) * 2, ("square", wish("k-norm", 9, 9, 0))),
     ]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tests.reference.methods import lots, penalised
+from tests.reference.methods import lots, optimal_set, penalised
 
 
 class Look(NamedTuple):
@@ -85,11 +85,16 @@ def a_score(look: Look, keep: int) -> Chosen:
     return {row: look.hidden[row] for row in best(look.image, attention, keep)}
 
 
-def sparsevlm(look: Look, keep: int) -> Chosen:
+def of_raters(look: Look) -> Tensor:
+    """(n,): what the words that resemble the image look at."""
     visual, text = look.entered
     relevance = (visual @ text.T).softmax(-1).mean(0)
     raters = [t for t, r in zip(look.text, relevance, strict=True) if r >= relevance.mean()]
-    attention = look.scores(raters, look.image).softmax(-1).mean(0).sum(0)
+    return look.scores(raters, look.image).softmax(-1).mean(0).sum(0)
+
+
+def sparsevlm(look: Look, keep: int) -> Chosen:
+    attention = of_raters(look)
     return {row: look.hidden[row] for row in best(look.image, attention, keep)}
 
 
@@ -210,6 +215,51 @@ def vitcop(
     return chosen
 
 
+def sieve(look: Look, keep: int) -> Chosen:
+    """Attention squared times the square of what a ridge regression on the text leaves; each that
+    is kept damps those whose residuals are like its own."""
+    attention = look.scores(look.text, look.image).softmax(-1).mean((0, 1)).double()
+    text = [look.hidden[row].double() / look.hidden[row].double().norm() for row in look.text]
+    spread = torch.stack(text).T  # columns of length 1
+    ridge = spread.T @ spread + 0.01 * torch.eye(len(text), dtype=torch.float64)
+    left, worth = [], []
+    for row, a in zip(look.image, attention, strict=True):
+        x = look.hidden[row].double()
+        left.append(x - spread @ torch.linalg.solve(ridge, spread.T @ x))
+        worth.append(float(a) ** 2 * float(left[-1] @ left[-1]))
+    cosine = [[float(torch.cosine_similarity(x, y, 0)) for y in left] for x in left]
+    chosen: list[int] = []
+    for _ in range(keep):
+        i = max((i for i in range(len(left)) if i not in chosen), key=lambda i: (worth[i], -i))
+        chosen.append(i)
+        for j in range(len(left)):
+            worth[j] *= max(1 - cosine[i][j] ** 2, 1e-6)
+    return {look.image[i]: look.hidden[look.image[i]] for i in chosen}
+
+
+def fitprune(look: Look, keep: int) -> Chosen:
+    n = len(look.image)
+    among = look.scores(look.image, look.image)
+    among = among.masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf")).softmax(-1)
+    from_text = look.scores(look.text, look.image).softmax(-1)
+    score = among.mean(0).sum(0) * from_text.mean(0).sum(0)
+    return {row: look.hidden[row] for row in best(look.image, score, keep)}
+
+
+def tops(look: Look, keep: int, diversity: float = 0.5, coverage: float = 0.5) -> Chosen:
+    relevance = of_raters(look).tolist()
+    chosen = optimal_set(look.hidden[look.image], relevance, keep, diversity, coverage)
+    return {look.image[i]: look.hidden[look.image[i]] for i in chosen}
+
+
+def mustdrop(look: Look, keep: int) -> Chosen:
+    attention = look.scores(look.text, look.image).softmax(-1).mean(0)
+    as_a_whole, by_a_word = attention.sum(0), attention.amax(0)
+    relative = [x / x.mean() for x in (as_a_whole, by_a_word)]
+    score = torch.stack(relative).amax(0)
+    return {row: look.hidden[row] for row in best(look.image, score, keep)}
+
+
 CHOOSE: dict[str, Choose] = {
     "k-norm": k_norm,
     "v-norm": v_norm,
@@ -221,6 +271,10 @@ CHOOSE: dict[str, Choose] = {
     "ficoco-l": ficoco_l,
     "ficoco-vl": ficoco_l,
     "vitcop": vitcop,
+    "sieve": sieve,
+    "tops": tops,
+    "mustdrop": mustdrop,
+    "fitprune": fitprune,
     "random-decoder": random_decoder,
 }
 """At the method's first stage; ViTCoP's second is K-norm."""

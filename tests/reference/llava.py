@@ -16,7 +16,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.reference.methods import PLACE, PROPORTIONAL, reduce_one, stages
+from tests.reference.methods import (
+    ASKING,
+    PLACE,
+    PROPORTIONAL,
+    reduce_one,
+    relevances,
+    stages,
+)
 
 
 @contextmanager
@@ -43,6 +50,9 @@ class ReferenceTower:
         self.has_cls = vision.model_type == "clip_vision_model"
         self.layers = vision.num_hidden_layers + config.vision_feature_layer + 1
         self.looked: list[tuple[Tensor, Tensor]] = []
+        self.words: Tensor | None = None
+        """(M, C) of the question, as the decoder gets them."""
+        self.project = model.model.multi_modal_projector
         tower = model.model.vision_tower
         self.model = getattr(tower, "vision_model", tower)
 
@@ -103,9 +113,13 @@ class ReferenceTower:
                 seen = [*range(first), *(first + p for p in among)]
                 x, q, k = x[seen], q[:, seen], k[:, seen]
             if i in keep_after:
+                relevant: list[float] = []
+                if method in ASKING:
+                    assert self.words is not None, "no question was asked"
+                    relevant = relevances(self.project(x[first:]), self.words)
                 hidden, place, size = reduce_one(
                     method, options or {}, x[first:], q, k, scale, self.has_cls,
-                    grid, place, size, keep_after[i], pixels,
+                    grid, place, size, keep_after[i], pixels, 1, relevant,
                 )  # fmt: skip
                 x = torch.cat([x[:first], hidden.to(x.dtype)])
             if before_mlp:
@@ -125,6 +139,14 @@ class ReferenceLlava:
         ).eval()
         self.processor = AutoProcessor.from_pretrained(path)
         self.tower = ReferenceTower(self.model)
+
+    @torch.no_grad()
+    def ask(self, question: str) -> None:
+        """The question of the images that are shown from now on: all text behind them."""
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(question, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        spoken = [int(i) for i in ids if int(i) not in tokenizer.all_special_ids]
+        self.tower.words = self.model.get_input_embeddings()(torch.tensor(spoken).long())
 
     @torch.no_grad()
     def visual_tokens(

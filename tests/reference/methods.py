@@ -37,7 +37,11 @@ PLACE = {
     "pooling": "output",
     "uniform": "output",
     "random": "output",
+    "cdpruner": "output",
+    "recoverable": "output",
     "resize": "input",
+    "tops": "output",
+    "mustdrop": "output",
 }
 """Between attention and MLP of a layer, on the output of the last layer, or before the tower."""
 
@@ -78,7 +82,14 @@ DEFAULTS = {
     "globalcom2": {"attention": "logits", "temperature": 10.0},
     "hired": {"alpha": 0.5},
     "random": {"seed": 0},
+    "tops": {"tokens": None, "diversity": 0.5, "coverage": 0.5},
+    "mustdrop": {"tokens": None},
+    "cdpruner": {"alpha": 1.0},
+    "recoverable": {"recovered": 0.25, "merged": 0.125, "neighbours": 5},
 }
+
+ASKING = {"cdpruner", "recoverable"}
+"""Methods that look at the question, before the decoder."""
 
 Reduced = tuple[list[Tensor], list[int], list[float]]
 """Hidden states, places and sizes of the tokens that stay."""
@@ -98,6 +109,7 @@ def reduce_one(
     keep: int,
     pixels: Tensor,
     unit: int = 1,
+    relevance: Sequence[float] = (),
 ) -> tuple[Tensor, list[int], list[float]]:
     """One stage for one image.
 
@@ -115,6 +127,7 @@ def reduce_one(
         keep: how many tokens stay.
         pixels: (3, height, width).
         unit: how many patches, one after another, the tower merges into a token.
+        relevance: of every token to the question, for :data:`ASKING`; see :func:`relevances`.
 
     Returns:
         Hidden states (keep, D) in the type given, places and sizes.
@@ -130,6 +143,7 @@ def reduce_one(
         size,
         pixels,
         unit,
+        relevance,
     )
     chosen = {**DEFAULTS.get(method, {}), **options}
     rows, position, size = FUNCTIONS[method](image, keep, **chosen)
@@ -151,11 +165,12 @@ class Image:
         size: list[float],
         pixels: Tensor,
         unit: int = 1,
+        relevance: Sequence[float] = (),
     ) -> None:
         self.hidden, self.scale, self.has_cls, self.grid = hidden, scale, has_cls, grid
         self.query, self.key, self.pixels = query.double(), key.double(), pixels
         self.position, self.size = list(position), list(size)
-        self.n, self.unit = len(hidden), unit
+        self.n, self.unit, self.relevance = len(hidden), unit, list(relevance)
         self.first = 1 if has_cls else 0
         self.heads = len(self.query)
 
@@ -560,6 +575,80 @@ def prumerge(image: Image, keep: int, neighbours: int) -> Reduced:
     return hidden, position, size
 
 
+def relevances(tokens: Tensor, words: Tensor) -> list[float]:
+    """Of tokens (n, C) to the words (M, C) of a question: their likenesses' mean; 0 without any."""
+    return [
+        sum(likeness(token, word) for word in words.double()) / max(len(words), 1)
+        for token in tokens.double()
+    ]
+
+
+def cdpruner(image: Image, keep: int, alpha: float) -> Reduced:
+    """arXiv 2506.10967: the largest determinant of relevance x likeness x relevance, greedily.
+
+    A round takes no more tokens than half as many as there are channels.
+    """
+    low, high = min(image.relevance), max(image.relevance)
+    quality = [
+        max((r - low) / (high - low), 1e-4) ** alpha if high > low else 1.0 for r in image.relevance
+    ]
+
+    target: list[int] = []
+    outside: list[Tensor] = []
+    """Of every token's direction what is at right angles to all chosen ones: the determinant grows
+    by its square, times that of the quality."""
+    while len(target) < keep:
+        if len(target) % max(1, len(image.hidden[0]) // 2) == 0:
+            outside = [x / (x.norm() or 1.0) for x in image.hidden]
+        left = [round(float(x @ x), 12) for x in outside]
+        others = without(image.n, target)
+        best = others[ranked([max(left[i], ALIKE) * quality[i] ** 2 for i in others])[0]]
+        target.append(best)
+        if left[best] > ALIKE:  # else it lies in what the others span
+            along = outside[best] / outside[best].norm()
+            outside = [x - (x @ along) * along for x in outside]
+    return kept(image, sorted(target))
+
+
+def recoverable(
+    image: Image, keep: int, recovered: float, merged: float, neighbours: int
+) -> Reduced:
+    """arXiv 2409.01179 at fixed counts: by [CLS], by the question, and leaders of clusters."""
+    keys = image.mean_keys()
+    by_question, clusters = math.floor(keep * recovered), math.floor(keep * merged)
+    own = ranked(image.of_cls())[: keep - by_question - clusters]
+    own += [i for i in ranked(image.relevance) if i not in own][:by_question]
+    dropped = without(image.n, own)
+    pairs = {frozenset((i, j)) for i in dropped for j in dropped if clusters}
+    distance = {
+        pair: max(2 - 2 * likeness(keys[min(pair)], keys[max(pair)]), 0.0) for pair in pairs
+    }
+
+    def apart(i: int, j: int) -> float:
+        return distance[frozenset((i, j))]
+
+    density, peak = {}, {}
+    for i in dropped if clusters else ():
+        nearest = sorted(apart(i, j) for j in dropped if j != i)[:neighbours]
+        density[i] = math.exp(-sum(nearest) / len(nearest)) if nearest else 1.0
+    for i in density:
+        denser = [j for j in density if (density[j], -j) > (density[i], -i)]
+        far = min((apart(i, j) for j in denser), default=max(apart(i, j) for j in dropped))
+        peak[i] = density[i] * math.sqrt(far)
+    leaders = sorted(dropped[k] for k in ranked([*peak.values()])[:clusters])
+    groups = {j: [j] for j in leaders}
+    for i in dropped:
+        if i not in groups and leaders:
+            groups[leaders[ranked([likeness(keys[i], keys[j]) for j in leaders])[0]]].append(i)
+    hidden, position, size = [], [], []
+    for j in sorted([*own, *leaders]):
+        group = groups.get(j, [j])
+        hidden.append(sum(image.hidden[i] for i in group) / len(group))
+        position.append(image.position[j])
+        size.append(sum(image.size[i] for i in group))
+    return hidden, position, size
+
+
 def globalcom2(image: Image, keep: int, attention: str, temperature: float) -> Reduced:
     """arXiv 2501.05179 on a thumbnail alone: the lowest score leaves."""
     source = ranked([-a for a in image.of_cls(attention)])[: image.n - keep]
@@ -667,6 +756,77 @@ def splitmix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def tops(
+    image: Image, keep: int, diversity: float, coverage: float, tokens: list[int] | None
+) -> Reduced:
+    """Relevance is the attention of [CLS]; ``tokens`` is for the decoder."""
+    vectors = torch.stack(image.hidden)
+    return kept(image, optimal_set(vectors, image.of_cls(), keep, diversity, coverage))
+
+
+def optimal_set(
+    vectors: Tensor, relevance: Sequence[float], keep: int, diversity: float, coverage: float
+) -> list[int]:
+    """TOPS: greedily by three terms, each over its mean; of more than :data:`COVERED` tokens, as
+    many spread evenly are to be covered."""
+    n = len(vectors)
+    vectors = vectors.double()
+    vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    alike = vectors @ vectors.T
+    seen = [k * n // min(n, COVERED) for k in range(min(n, COVERED))]
+
+    def over_mean(values: Tensor) -> Tensor:
+        mean = values.sum() / n
+        return values / mean if mean > 0 else torch.zeros(n)
+
+    relevant, chosen = over_mean(torch.tensor(relevance).double()), list[int]()
+    for _ in range(keep):
+        nearest, covered = torch.zeros(n), torch.zeros(len(seen))
+        if chosen:
+            nearest = alike[chosen].amax(0).clamp(0, 1)
+            covered = alike[chosen][:, seen].amax(0).clamp_min(0)
+        gain = (alike[:, seen] - covered).clamp_min(0).sum(1).clamp_min(ALIKE * len(seen))
+        unlike = (1 - nearest).clamp_min(ALIKE)
+        score = relevant + diversity * over_mean(unlike) + coverage * over_mean(gain)
+        order = ranked(score.tolist())
+        chosen.append(next(i for i in order if i not in chosen))
+    return sorted(chosen)
+
+
+def mustdrop(image: Image, keep: int, tokens: list[int] | None) -> Reduced:
+    """Windows of 3 x 3 in the order of their likeness, then the rest by attention, keys last."""
+    n, attention = image.n, image.of_cls()
+    by_attention = ranked([-a for a in attention])
+    keys = ranked(attention)[: math.ceil(0.08 * n)]
+    windows: dict[tuple[int, int], list[int]] = {}
+    for i, place in enumerate(image.position):
+        row, column = divmod(place, image.grid[1])
+        members = windows.setdefault((row // 3, column // 3), [])
+        if i not in keys:
+            members.append(i)
+    alike = {}
+    for window, members in windows.items():
+        pairs = [(i, j) for i in members for j in members if i < j]
+        if pairs:
+            cosines = [likeness(image.hidden[i], image.hidden[j]) for i, j in pairs]
+            alike[window] = round(sum(cosines) / len(pairs), 5)
+    leaving, into = list[int](), dict[int, int]()
+    for window in sorted(alike, key=lambda w: (-alike[w], w)):
+        *before, last = windows[window]
+        leaving += before
+        into |= dict.fromkeys(before, last)
+    for group in (set(range(n)) - set(keys) - set(leaving), set(keys)):
+        leaving += [i for i in by_attention if i in group]
+    leaving = leaving[: n - keep]
+    target = without(n, leaving)
+    _, position, size = kept(image, target)
+    rows = []
+    for j in target:
+        merged = [image.hidden[i] for i in leaving if into.get(i) == j]
+        rows.append(sum(merged, image.hidden[j]) / (1 + len(merged)))
+    return rows, position, size
+
+
 FUNCTIONS = {
     "ficoco-v": ficoco_v,
     "ficoco-k": ficoco_k,
@@ -684,7 +844,11 @@ FUNCTIONS = {
     "pooling": pooling,
     "uniform": uniform,
     "random": random,
+    "cdpruner": cdpruner,
+    "recoverable": recoverable,
     "resize": resize,
+    "tops": tops,
+    "mustdrop": mustdrop,
 }
 
 

@@ -23,7 +23,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.video_utils import VideoMetadata
 from transformers.vision_utils import get_vision_window_index
 
-from tests.reference.methods import reduce_one
+from tests.reference.methods import ASKING, reduce_one, relevances
 
 
 class Answer(NamedTuple):
@@ -71,6 +71,15 @@ class ReferenceQwen:
         self.unit = vision.patch_size * vision.spatial_merge_size
         self.levels = len(getattr(vision, "deepstack_visual_indexes", ()))
         self.shown: list[tuple[list[int], tuple[int, int]]] = []
+        self.words: Tensor | None = None
+
+    @torch.no_grad()
+    def ask(self, question: str) -> None:
+        """The question of the images that are shown from now on: all text behind them."""
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(question, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        spoken = [int(i) for i in ids if int(i) not in tokenizer.all_special_ids]
+        self.words = self.model.get_input_embeddings()(torch.tensor(spoken).long())
 
     def _watched(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **more: Any
@@ -163,9 +172,13 @@ class ReferenceQwen:
         n = len(seen.tokens)
         if method in ("none", "resize") or budget >= n:
             return seen.tokens, list(range(n))
+        relevant: list[float] = []
+        if method in ASKING:
+            assert self.words is not None, "no question was asked"
+            relevant = relevances(seen.tokens[:, : self.words.shape[1]], self.words)
         rows, places, _ = reduce_one(
             method, options, seen.tokens, seen.query, seen.key, seen.scale, False, seen.grid,
-            list(range(n)), [1.0] * n, budget, seen.pixels, unit=4,
+            list(range(n)), [1.0] * n, budget, seen.pixels, 4, relevant,
         )  # fmt: skip
         assert places == sorted(places) and len(places) == budget
         return rows, places

@@ -218,6 +218,27 @@ def test_an_image_by_its_uuid(native: Server) -> None:
             assert (report["visual_tokens_before"], report["visual_tokens_kept"]) == (14, held)
 
 
+def test_an_image_by_its_uuid_is_known_for_its_question(native: Server) -> None:
+    """By a method that asks for it: with another question its data must come again."""
+
+    def ask(question: str, data: bool) -> Any:
+        url = image(81, WIDE)["image_url"] if data else None
+        part = {"type": "image_url", "uuid": "asked", "image_url": url}
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": question}]}]
+        said = {"messages": messages, "reduction": {"method": "recoverable", "budget": 6}}
+        return post(native, CHAT, said)
+
+    first = ask("what color ?", True)
+    assert first.status_code == 200, first.text
+    assert kept(SimpleNamespace(reduction=first.json()["reduction"])) == [6]
+    assert ask("what color ?", False).json()["choices"] == first.json()["choices"]
+    refused = ask("how many ?", False)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "uuid"
+    assert "the question" in refused.json()["error"]["message"]
+    assert ask("how many ?", True).status_code == 200
+    assert ask("how many ?", False).status_code == 200
+
+
 def test_a_video_beside_an_image(native: Server, tmp_path: Path) -> None:
     """It stays as it is, wherever it stands; and alone it is nothing to reduce."""
     file, frames = str(tmp_path / "v.mp4"), np.random.default_rng(0)
@@ -534,6 +555,25 @@ def reduce(prompt: Any, original: int = 0, **settings: Any) -> Any:
     return change(prompt, PACKED_FIELD, packed)
 
 
+def ask(prompt: Any, reduction: Reduction | None, *words: int) -> Any:
+    """The prompt with settings for its image and its question."""
+    return change(prompt, PACKED_FIELD, lambda data: pack(reduction, unpack(data).layout, words))
+
+
+def test_a_rendered_image_of_a_method_that_asks(native: Server) -> None:
+    """With the question of its prompt it is answered as on the chat route."""
+    settings = {"method": "cdpruner", "budget": 5}
+    asked = chat(native, image(0, WIDE), max_tokens=2, reduction=settings)
+    prompt = rendered(native, WIDE)
+    [at] = prompt["features"]["mm_placeholders"]["image"]
+    behind = prompt["token_ids"][at["offset"] + at["length"] + 1 :]
+    answer = native.http.post(GENERATE, json=place(ask(prompt, Reduction(**settings), *behind), 5))
+    assert answer.status_code == 200, answer.text
+    tokens = answer.json()["choices"][0]["token_ids"]
+    text = native.http.post("/detokenize", json={"model": MODEL, "tokens": tokens}).json()
+    assert text["prompt"].strip() == asked.choices[0].message.content.strip()
+
+
 def test_a_rendered_image(native: Server) -> None:
     """Unreduced and reduced, it is answered as on the chat route; twice."""
     for settings, length in ({}, 14), ({"method": "topk", "budget": 5}, 5):
@@ -593,6 +633,22 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "another layout": (
         lambda p: change(p, PACKED_FIELD, lambda _: pack(None, Layout((7, 2)))),
+        "kwargs_data.image[0].packed_reduction",
+    ),
+    "a question that its method does not ask": (
+        lambda p: place(ask(p, Reduction(method="topk", budget=5), 7), 5),
+        "kwargs_data.image[0].packed_reduction",
+    ),
+    "a question of an image that stays whole": (
+        lambda p: ask(p, None, 7),
+        "kwargs_data.image[0].packed_reduction",
+    ),
+    "a word that the model has not": (
+        lambda p: place(ask(p, Reduction(method="cdpruner", budget=5), 10**6), 5),
+        "kwargs_data.image[0].packed_reduction",
+    ),
+    "a question too long": (
+        lambda p: place(ask(p, Reduction(method="cdpruner", budget=5), *[7] * 257), 5),
         "kwargs_data.image[0].packed_reduction",
     ),
     "no settings": (

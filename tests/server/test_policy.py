@@ -8,7 +8,7 @@ import pytest
 from ficoco_server import resolve
 from ficoco_server.policy import Policy, PolicyError
 from ficoco_server.resolve import Level
-from vllm_ficoco.settings import Reduction, SettingsError
+from vllm_ficoco.settings import AutoBudget, Reduction, SettingsError
 from vllm_ficoco.vision.geometry import Geometry
 from vllm_ficoco.vision.layout import Layout, Window
 
@@ -86,6 +86,18 @@ def test_a_largest_budget_is_the_default_and_bounds_the_details() -> None:
         ),
         ({"low_budget": "1", "min_budget": "2"}, ["low budget 1", "limits"]),
         ({"high_budget": "99", "max_budget": "98"}, ["high budget 99"]),
+        ({"low_budget": "auto"}, ["FICOCO_LOW_BUDGET", "whole number"]),
+        ({"default_budget": "automatic"}, ["FICOCO_DEFAULT_BUDGET", "or 'auto'"]),
+        (
+            {"auto_budgets": "1,1/3,lots"},
+            ["1,1/3,lots", "FICOCO_AUTO_BUDGETS", "--reduction-auto-budgets", "such as 1/3"],
+        ),
+        ({"auto_budgets": "1,,1/3"}, ["FICOCO_AUTO_BUDGETS", "whole number from 2"]),
+        ({"auto_budgets": "1,3/2"}, ["FICOCO_AUTO_BUDGETS"]),
+        ({"auto_budgets": "1/9,1/3"}, ["FICOCO_AUTO_BUDGETS", "descending"]),
+        ({"auto_budgets": "1/3,2/6"}, ["descending, without repeating"]),
+        ({"auto_budgets": "1,64,1/3,64"}, ["descending, without repeating"]),
+        ({"auto_budgets": "2000000,5"}, ["no number above 1000000"]),
     ],
 )
 def test_a_wrong_policy_stops_the_start(environment: dict[str, str], fragments: list[str]) -> None:
@@ -102,6 +114,43 @@ def test_defaults_that_the_model_cannot_keep_stop_the_start() -> None:
         read(default_budget="64").check_model(TEXT_MODEL)
     with pytest.raises(PolicyError, match="tome"):  # it halves at most, a few times
         read(default_method="tome", default_budget="1").check_model(Geometry((24, 24), 2, True))
+
+
+def test_the_ladder() -> None:
+    assert read().auto_budgets == ("1", "1/3", "2/9", "1/9")
+    assert read(auto_budgets=" 1 , 3/9,64").auto_budgets == ("1", "1/3", "64")
+    policy = read(default_budget="Auto", min_budget="20", max_budget="100", default_method="tome")
+    assert policy.default_budget == "auto"
+    assert policy.auto() == AutoBudget(method="tome", least=20, most=100)
+    assert policy.auto().ladder(144) == [100, 48, 32, 20]
+
+
+def test_a_default_by_what_is_in_an_image() -> None:
+    policy = read(default_budget="auto")
+    for geometry, largest in ((TINY, None), (NATIVE, Layout((12, 12)))):
+        read(default_budget="auto", default_method="topk").check_model(geometry, largest)
+        [one, other, low, said] = settle(
+            read(default_budget="auto", default_method="topk"),
+            Level(),
+            on_image(),
+            on_image(detail="auto"),
+            on_image(reduction={"method": "uniform"}),
+            on_image(visual_token_budget=9),
+            geometry=geometry,
+        )
+        assert one == other == AutoBudget(method="topk")
+        assert low == AutoBudget(method="uniform")
+        assert said == Reduction(method="topk", budget=9)
+    assert settle(policy, Level(), on_image(embeds=True)) == [None]
+    assert settle(policy, on_request(reduction={"method": "none"}), on_image()) == [None]
+    with pytest.raises(PolicyError, match="not for 'llama'"):
+        policy.check_model(TEXT_MODEL)
+    # Only the smallest budgets are out of reach: such images get a larger one.
+    halves = Geometry((24, 24), 2, True)
+    tome = {"default_method": "tome", "default_budget": "auto", "low_budget": "144"}
+    read(**tome).check_model(halves)
+    with pytest.raises(PolicyError, match="default budget 143"):
+        read(**tome | {"max_budget": "143", "low_budget": "143"}).check_model(halves)
 
 
 # --- What holds for an image ----------------------------------------------------------------
@@ -164,6 +213,31 @@ def test_method_and_budget_are_inherited_one_by_one() -> None:
     ]
 
 
+def test_auto_is_inherited_as_a_number_is() -> None:
+    auto = AutoBudget()
+    assert settle(read(), on_request(visual_token_budget="auto"), on_image()) == [auto]
+    assert settle(read(), Level(), on_image(visual_token_budget="auto")) == [auto]
+    options = {"lambda": 0.5}
+    request = on_request(reduction={"budget": "auto", "method": "ficoco-v", "options": options})
+    same, other, low, none = settle(
+        read(),
+        request,
+        on_image(),
+        on_image(reduction={"method": "tome"}),
+        on_image(detail="low"),
+        on_image(reduction={"method": "none"}),
+    )
+    assert same == auto.with_method("ficoco-v", options)
+    assert other == auto.with_method("tome", {})
+    assert low == Reduction(budget=16, method="ficoco-v", options=options)
+    assert none is None
+    staged = Geometry((24, 24), 23, True, 32, (2, 22))
+    by_stage = on_request(reduction={"method": "k-norm", "options": {"tokens": [80, 40]}})
+    assert settle(read(), by_stage, on_image(visual_token_budget="auto"), geometry=staged) == [
+        auto.with_method("k-norm", {})
+    ]
+
+
 def test_options_stay_with_their_method() -> None:
     options = {"lambda": 0.5}
     request = on_request(reduction={"method": "ficoco-v", "budget": 64, "options": options})
@@ -206,6 +280,7 @@ def test_models_without_support() -> None:
     assert settle(read(), Level(), on_image(detail="high"), geometry=TEXT_MODEL) == [None]
     for request, image in (
         (on_request(visual_token_budget=64), on_image()),
+        (on_request(visual_token_budget="auto"), on_image()),
         (Level(), on_image(reduction={"budget": 64})),
         (Level(), on_image(detail="low")),
     ):
@@ -221,6 +296,8 @@ def test_embeddings_of_images() -> None:
     ]
     with pytest.raises(SettingsError, match="image_embeds"):
         settle(policy, on_request(visual_token_budget=64), on_image(embeds=True))
+    with pytest.raises(SettingsError, match="left out for image_embeds"):
+        settle(policy, on_request(visual_token_budget="auto"), on_image(embeds=True))
 
 
 @pytest.mark.parametrize(
@@ -259,6 +336,16 @@ def test_outside_of_the_policy(
             for value in (64.0, 0, -1, "64", True, 10**30, [64], {}, float("nan"))
         ),
         *(({"reduction": value}, "reduction") for value in (64, "tome", [], True)),
+        ({"visual_token_budget": "automatic"}, "visual_token_budget"),
+        ({"reduction": {"budget": "Auto"}}, "reduction.budget"),
+        ({"reduction": {"budget": "auto", "rungs": ["1"]}}, "reduction.rungs"),
+        ({"reduction": {"budget": "auto", "method": "fastest"}}, "reduction.method"),
+        ({"reduction": {"budget": "auto", "options": {"lambda": 7}}}, "reduction.options.lambda"),
+        (
+            {"reduction": {"budget": "auto", "method": "k-norm", "options": {"tokens": [9]}}},
+            "reduction.budget",
+        ),
+        ({"visual_token_budget": "auto", "reduction": {"budget": 9}}, "visual_token_budget"),
         ({"visual_token_budget": 9, "reduction": {"budget": 9}}, "visual_token_budget"),
         ({"reduction": {"budget": 9.5}}, "reduction.budget"),
         ({"reduction": {"budget": [None]}}, "reduction.budget"),

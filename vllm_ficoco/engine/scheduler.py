@@ -119,7 +119,7 @@ class _Planning:
         """
         runs, keep, settings = [], [], []
         for feature in request.mm_features or ():
-            reduction, layout = packed_of(feature.data)
+            reduction, layout, _ = packed_of(feature.data)
             place = feature.mm_position
             runs.append(Run(place.offset, place.offset + place.length))
             keep.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from vllm_ficoco.methods.a_score import A_SCORE
 from vllm_ficoco.methods.apet import APET
+from vllm_ficoco.methods.cdpruner import CDPRUNER
 from vllm_ficoco.methods.dart import DART
 from vllm_ficoco.methods.dpp import DPP
 from vllm_ficoco.methods.evit import EVIT
@@ -13,9 +14,11 @@ from vllm_ficoco.methods.ficoco_k import FICOCO_K
 from vllm_ficoco.methods.ficoco_l import FICOCO_L
 from vllm_ficoco.methods.ficoco_v import FICOCO_V
 from vllm_ficoco.methods.ficoco_vl import FICOCO_VL
+from vllm_ficoco.methods.fitprune import FITPRUNE
 from vllm_ficoco.methods.globalcom2 import GLOBALCOM2
 from vllm_ficoco.methods.hired import HIRED
 from vllm_ficoco.methods.k_norm import K_NORM
+from vllm_ficoco.methods.mustdrop import MUSTDROP
 from vllm_ficoco.methods.none import NONE
 from vllm_ficoco.methods.paradigm import Evidence, Method, Options, Tokens
 from vllm_ficoco.methods.pooling import POOLING
@@ -23,12 +26,15 @@ from vllm_ficoco.methods.prumerge import PRUMERGE
 from vllm_ficoco.methods.pyramiddrop import PYRAMIDDROP
 from vllm_ficoco.methods.random import RANDOM
 from vllm_ficoco.methods.random_decoder import RANDOM_DECODER
+from vllm_ficoco.methods.recoverable import RECOVERABLE
 from vllm_ficoco.methods.resize import RESIZE
 from vllm_ficoco.methods.scope import SCOPE
 from vllm_ficoco.methods.score import SCORE
+from vllm_ficoco.methods.sieve import SIEVE
 from vllm_ficoco.methods.sparsevlm import SPARSEVLM
 from vllm_ficoco.methods.tome import TOME
 from vllm_ficoco.methods.topk import TOPK
+from vllm_ficoco.methods.tops import TOPS
 from vllm_ficoco.methods.uniform import UNIFORM
 from vllm_ficoco.methods.v_norm import V_NORM
 from vllm_ficoco.methods.visionzip import VISIONZIP
@@ -46,6 +52,8 @@ METHODS: dict[str, Method] = {
         DPP,
         SCOPE,
         APET,
+        CDPRUNER,
+        RECOVERABLE,
         TOPK,
         VISIONZIP,
         PRUMERGE,
@@ -62,6 +70,10 @@ METHODS: dict[str, Method] = {
         PYRAMIDDROP,
         DART,
         VITCOP,
+        SIEVE,
+        TOPS,
+        MUSTDROP,
+        FITPRUNE,
         K_NORM,
         V_NORM,
         A_SCORE,

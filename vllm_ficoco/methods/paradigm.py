@@ -190,12 +190,21 @@ class Evidence(Remembering):
     unit: int = 1
     """How many patches the tower merges into one token."""
     sum_over_ranks: Callable[[Tensor], Tensor] = field(default=lambda x: x)
+    question: Tensor | None = None
+    """(B, C), for methods that ask: the mean of the question's words, each a unit vector of the
+    language model's table; 0 where there are none."""
+    project: Callable[[Tensor], Tensor] = field(default=lambda x: x)
+    """Tokens (..., D) as the language model will get them, (..., C)."""
     _known: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
     def of_images(self, which: slice) -> Evidence:
         """That of some of the images."""
         return replace(
-            self, query=self.query[which], key=self.key[which], pixels=self.pixels[which]
+            self,
+            query=self.query[which],
+            key=self.key[which],
+            pixels=self.pixels[which],
+            question=None if self.question is None else self.question[which],
         )
 
     @property
@@ -386,6 +395,21 @@ class Evidence(Remembering):
         """(B, S, T): how much the keys of ``source`` (B, S) and ``target`` (B, T) are alike."""
         return take(self.unit_keys, source) @ take(self.unit_keys, target).transpose(-1, -2)
 
+    def relevance(self, hidden: Tensor) -> Tensor:
+        """(B, n): cosine of a token with a word of its image's question, mean over the words.
+
+        Of tokens (B, n, D) as the language model will get them, and words likewise; 0 without any.
+        """
+        assert self.question is not None, "the method does not say that it asks"
+        images, width = self.question.shape
+        at_once = max(1, EVIDENCE_BYTES // (12 * images * max(width, hidden.shape[2])))
+        found = []
+        for run in hidden.split(at_once, 1):
+            tokens = self.project(run).float()
+            along = (tokens @ self.question[..., None])[..., 0]
+            found.append(along / tokens.norm(dim=-1).clamp_min(1e-12))
+        return torch.cat(found, 1)
+
 
 # --- The contract of a method -------------------------------------------------------------------
 
@@ -536,6 +560,9 @@ class Method:
     options: type[Options] = VisionOptions
     needs: frozenset[Need] = frozenset({"attention"})
     """What a tower must offer for it; see :data:`Need`."""
+    asks_question: bool = False
+    """It asks for :attr:`Evidence.question` before the decoder. What is kept of an image is then
+    good for one question only: no cache gives it to another."""
     at_output: bool = False
     """Where a tower lets nothing leave between its layers, it reduces all at once on the output."""
     proportional_attention: bool = False

@@ -30,10 +30,14 @@ def raters(visual: Tensor, text: Tensor) -> Tensor:
     return relevance >= relevance.mean(-1, keepdim=True)
 
 
-def filter(_: Tokens, evidence: DecoderEvidence, leave: int, __: DecoderOptions) -> Tensor:
+def attention_of_raters(evidence: DecoderEvidence) -> Tensor:
+    """(B, n): what the raters, which are noted, draw from each token together."""
     assert evidence.noted is not None
-    attention = torch.where(evidence.noted[..., None], evidence.attention_from_text(), 0.0).sum(1)
-    return highest(-attention, leave)
+    return torch.where(evidence.noted[..., None], evidence.attention_from_text(), 0.0).sum(1)
+
+
+def filter(_: Tokens, evidence: DecoderEvidence, leave: int, __: DecoderOptions) -> Tensor:
+    return highest(-attention_of_raters(evidence), leave)
 
 
 SPARSEVLM = in_decoder(

@@ -45,6 +45,7 @@ class LayeredModel(ReducingModel):
             geometry,
             tensor_model_parallel_all_reduce,
             timer,
+            lambda hidden: self.multi_modal_projector(hidden),  # type: ignore[attr-defined]
         )
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
@@ -76,7 +77,7 @@ class LayeredModel(ReducingModel):
             outputs.update(zip(whole, unreduced, strict=True))
         inputs: Any = kwargs["pixel_values"]
         pixels = [x if x.dim() == 4 else x[None] for x in inputs]
-        reduced = self._reduce(pixels, settings, layouts, plans)
+        reduced = self._reduce(pixels, settings, layouts, plans, self.embed_questions(images))
         if reduced:
             # One projector call for all images: it works token by token.
             hidden = [part.hidden for parts in reduced.values() for part in parts]
@@ -102,6 +103,7 @@ class LayeredModel(ReducingModel):
         settings: Sequence[Reduction | None],
         layouts: Sequence[Layout],
         plans: Sequence[list[PartPlan]],
+        questions: Tensor | None,
     ) -> dict[int, list[Reduced]]:
         """What the tower leaves of every image that it reduces, part by part."""
         reduced: dict[int, list[Reduced]] = {}
@@ -124,7 +126,9 @@ class LayeredModel(ReducingModel):
         for start in range(0, len(work), self.images_at_once):
             now = work[start : start + self.images_at_once]
             batch = torch.stack([pixels[i][plan.part] for i, plan, _ in now])
-            kept = self.reducing_tower(batch, [each for _, _, each in now])
+            # All parts of an image are asked the same.
+            asked = rows(questions, [i for i, _, _ in now]) if questions is not None else None
+            kept = self.reducing_tower(batch, [each for _, _, each in now], asked)
             for (i, plan, _), (hidden, place) in zip(now, kept, strict=True):
                 if layouts[i].is_tiled:
                     window, (first, row) = plan.window, layouts[i].numbers(plan.part)

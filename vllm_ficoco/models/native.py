@@ -248,6 +248,7 @@ class NativeModel(ReducingModel):
         if not any(image.reduction for image in images):
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         kinds = [self._kind(image) for image in images]
+        questions = self.embed_questions(images)
         outputs: list[Tensor] = []
         pixels, grids = kwargs["pixel_values"], kwargs["image_grid_thw"]
         assert isinstance(pixels, Tensor) and isinstance(grids, Tensor)
@@ -263,7 +264,8 @@ class NativeModel(ReducingModel):
                     pixel_values=pixels[start : start + sum(patches[now])],
                     image_grid_thw=grids[now],
                 )
-                reduced = self.reducing_tower.reduce(embeddings, of_images[now], kinds[now])
+                asked = questions[now] if questions is not None else None
+                reduced = self.reducing_tower.reduce(embeddings, of_images[now], kinds[now], asked)
             for i, (tokens, place) in enumerate(reduced, first):
                 outputs.append(self._marked(tokens, place, images[i], of_images[i]))
         return outputs

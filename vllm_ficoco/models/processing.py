@@ -30,25 +30,41 @@ from vllm.multimodal.processing import PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
+from vllm_ficoco.models.question import questions
 from vllm_ficoco.packed import PACKED_FIELD, Packed, pack
 from vllm_ficoco.settings import (
     BUDGET_KEY,
     REDUCTION_KEY,
+    AutoBudget,
+    Lowered,
+    OfLadder,
     Reduction,
     SettingsError,
     per_image,
 )
+from vllm_ficoco.vision.complexity import UnknownPixels, asks_for
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
 from vllm_ficoco.vision.layout import Layout
 
 COUNTS_KEY = "visual_tokens"
 """In the engine input that the processor makes: a list of :class:`Packed`, one an image."""
+LOWERED_KEY = "lowered_visual_tokens"
+"""There, too: which images hold less than they would if nothing had been lowered; empty, if nothing
+was to be."""
+
+QUESTIONS_KEY = "reduction_questions"
+"""Among processor options, where :meth:`ReducingProcessor.apply` puts the question of every image
+whose method asks for it; no request can."""
 
 _EMBEDDINGS = (ImageEmbeddingItems, DictEmbeddingItems)
 """Images that come as embeddings."""
 
 _KEPT = "-kept"
 """Before the number of its visual tokens in the hash of a reduced image."""
+
+
+_REMEMBERED = 65536
+"""Images with a uuid of which it is remembered what ``auto`` came to."""
 
 
 def tokens_by_hash(mm_hash: str, geometry: Geometry) -> int:
@@ -63,7 +79,24 @@ def tokens_by_hash(mm_hash: str, geometry: Geometry) -> int:
 
 def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
     """What the Hugging Face processor may see."""
-    return {k: v for k, v in kwargs.items() if k not in (BUDGET_KEY, REDUCTION_KEY)}
+    return {k: v for k, v in kwargs.items() if k not in (BUDGET_KEY, REDUCTION_KEY, QUESTIONS_KEY)}
+
+
+def _asks(reduction: Reduction | None) -> bool:
+    return reduction is not None and reduction.spec.asks_question
+
+
+def _key(kwargs: Mapping[str, object]) -> str:
+    """Which of the two keys the settings stand under."""
+    return BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
+
+
+def _within(kwargs: Mapping[str, object], image: int) -> str:
+    """Where an image's settings stand, for messages."""
+    key = _key(kwargs)
+    value = kwargs.get(key)
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    return f"{key}[{image}]" if listed else key
 
 
 class ScaledImages(ImageProcessorItems):
@@ -139,6 +172,8 @@ class ReducingProcessor:
                     f"{key} in --mm-processor-kwargs has no effect: a budget belongs to a "
                     "request, or to the defaults of `vllm-ficoco serve`"
                 )
+        self._came_to: dict[tuple[str, str, str], Reduction | None] = {}
+        """Of images with a uuid: what a budget that waits for the image was, for this image."""
 
     def layout_of(
         self, width: int, height: int, kwargs: Mapping[str, object] | None = None
@@ -217,7 +252,7 @@ class ReducingProcessor:
         Raises:
             VLLMValidationError: they cannot be used; vLLM answers with a 400.
         """
-        key = BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
+        key = _key(kwargs)
         try:
             asked = per_image(kwargs, items.get_all_counts().get("image", 0))
             if any(asked) and self.geometry.unsupported:
@@ -227,6 +262,92 @@ class ReducingProcessor:
         except SettingsError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from None
         return asked
+
+    def _choose(self, inputs: ProcessorInputs) -> None:
+        """Put what they come to in place of the budgets of a ladder, before anything is hashed.
+
+        Of an image that is named by its uuid alone, that is what it came to when it was here; where
+        that is not known, the budget stays what it is.
+
+        Raises:
+            VLLMValidationError: as :meth:`_asked`; or an image has pixels that cannot be read.
+            RefusedImage: the settings cannot be followed with any of the budgets.
+        """
+        kwargs, items = inputs.hf_processor_mm_kwargs, inputs.mm_data_items
+        settings = self._asked(kwargs, items)
+        if not any(isinstance(reduction, OfLadder) for reduction in settings):
+            return
+        images: Any = items["image"]
+        uuids = (inputs.mm_uuid_items or {}).get("image") or [None] * len(settings)
+        options = _without_ours(kwargs)
+        inputs.lowered = [False] * len(settings)
+        for image, reduction in enumerate(settings):
+            if not isinstance(reduction, OfLadder):
+                continue
+            known = (str(uuids[image]), reduction.key, repr(sorted(options.items())))
+            seen = images[image] is not None
+            chosen: Reduction | None = reduction
+            if seen or (isinstance(reduction, Lowered) and not self.geometry.by_image):
+                try:
+                    chosen, less = self._first_reached(reduction, images, image, options)
+                    inputs.lowered[image] = less
+                except SettingsError as error:
+                    raise RefusedImage(image, error, _within(kwargs, image)) from None
+            elif known in self._came_to:
+                chosen = self._came_to[known]
+            if uuids[image] is not None and chosen is not reduction:
+                self._came_to.pop(known, None)
+                self._came_to[known] = chosen  # the last ones are the youngest
+                if len(self._came_to) > _REMEMBERED:
+                    del self._came_to[next(iter(self._came_to))]
+            settings[image] = chosen
+        inputs.hf_processor_mm_kwargs = {**options, _key(kwargs): settings}
+
+    def _first_reached(
+        self, ladder: OfLadder, images: Any, image: int, options: Mapping[str, object]
+    ) -> tuple[Reduction | None, bool]:
+        """An image's settings with the first budget of its choices that the method can reach, and
+        whether they are less than if nothing had been lowered.
+
+        Raises:
+            VLLMValidationError: its pixels cannot be read.
+            SettingsError: it can reach none, or something else is wrong.
+        """
+        size = images.get_image_size(image) if self.geometry.by_image else ImageSize(0, 0)
+        tokens = self.layout_of(size.width, size.height, options).sent
+        if isinstance(ladder, AutoBudget):
+            try:
+                asks = asks_for(images.get(image))
+            except UnknownPixels as error:
+                raise VLLMValidationError(
+                    f"Image {image} cannot have the budget 'auto': {error}", parameter=BUDGET_KEY
+                ) from None
+            choices = ladder.choices(tokens, *asks)
+            usual = ladder.model_copy(update={"lower": 0}).choices(tokens, *asks)[0]
+        else:
+            assert isinstance(ladder, Lowered)
+            choices = ladder.choices(tokens)
+            usual = choices[-1]
+
+        def reached(budget: int) -> SettingsError | None:
+            reduction = ladder.at(budget)
+            try:
+                layout, _ = self._as_tokens(reduction, size, options)
+                self.geometry.kept(reduction, layout=layout)
+            except SettingsError as error:
+                if error.field != "budget":
+                    raise
+                return error
+            return None
+
+        # What is wrong whatever the budget must not hang on what is in the image.
+        refused = reached(ladder.ladder(tokens)[-1])
+        for budget in choices:
+            refused = reached(budget)
+            if refused is None:
+                return ladder.at(budget).for_tokens(tokens), budget < usual
+        assert refused is not None
+        raise refused
 
     def _fitted(
         self, kwargs: Mapping[str, object], items: MultiModalDataItems
@@ -247,15 +368,16 @@ class ReducingProcessor:
             self.check_embeddings(images)
         if self.geometry.unsupported or isinstance(images, _EMBEDDINGS):
             return [Packed()] * len(asked), items
-        key = BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
-        listed = isinstance(kwargs.get(key), Sequence)
+        asking = self._questions(kwargs, asked)
         settled: list[Packed] = []
         sizes: list[ImageSize | None] = []
         options = _without_ours(kwargs)
         for image, reduction in enumerate(asked):
             layout = size = None
             try:
-                if not self.geometry.by_image:
+                if isinstance(reduction, OfLadder):
+                    pass  # of an image that is not here and not known
+                elif not self.geometry.by_image:
                     layout = self.geometry.layout
                 elif images[image] is not None:
                     sent = images.get_image_size(image)
@@ -264,9 +386,8 @@ class ReducingProcessor:
                     self.geometry.kept(reduction, layout=layout)
                     reduction = reduction and reduction.for_tokens(layout.sent)
             except SettingsError as error:
-                within = f"{key}[{image}]" if listed else key
-                raise RefusedImage(image, error, within) from None
-            settled.append(Packed(reduction, layout))
+                raise RefusedImage(image, error, _within(kwargs, image)) from None
+            settled.append(Packed(reduction, layout, asking[image] if _asks(reduction) else ()))
             sizes.append(size)
         if any(sizes):
             items = MultiModalDataItems({**items, "image": ScaledImages(images, sizes)})
@@ -289,14 +410,18 @@ class ReducingProcessor:
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
         """An image's hash depends on its own settings, not on those of its neighbours.
 
-        An unreduced image has the hash that vLLM gives it, so its cached data are shared. Where a
-        layout depends on the image, settings count as they were asked for: an image that is named
-        by its uuid is found by the same hash as one that is there.
+        An unreduced image has the hash that vLLM gives it, so its cached data are shared. Settings
+        count as what they come to for the image; but where a layout depends on the image, and it is
+        named by its uuid, as they were asked for: by its uuid alone it is found by the same hash.
+        Where the method asks for the question, the hash depends on that as well.
         """
         settled, _ = self._fitted(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
-        settings = [packed.reduction for packed in settled]
-        if self.geometry.by_image:
-            settings = self._asked(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
+        asked = self._asked(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
+        uuids = (inputs.mm_uuid_items or {}).get("image") or [None] * len(asked)
+        settings = [
+            packed.reduction if uuid is None or not self.geometry.by_image else said
+            for packed, said, uuid in zip(settled, asked, uuids, strict=True)
+        ]
         ours = inputs.hf_processor_mm_kwargs
         inputs.hf_processor_mm_kwargs = _without_ours(ours)
         try:
@@ -304,16 +429,22 @@ class ReducingProcessor:
         finally:
             inputs.hf_processor_mm_kwargs = ours
         if any(settings):
+            asking = self._questions(ours, settings)
             hashes["image"] = [
-                self._hash(plain, reduction) if reduction else plain
-                for plain, reduction in zip(hashes["image"], settings, strict=True)
+                self._hash(plain, reduction, question) if reduction else plain
+                for plain, reduction, question in zip(
+                    hashes["image"], settings, asking, strict=True
+                )
             ]
         return hashes
 
-    def _hash(self, plain: str, reduction: Reduction) -> str:
+    def _hash(self, plain: str, reduction: Reduction, question: Sequence[int]) -> str:
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm  # type: ignore[attr-defined]
-        made = MultiModalHasher.hash_kwargs(algorithm, image=plain, reduction=reduction.key)
-        return made if self.geometry.by_image else f"{made}{_KEPT}{self.geometry.kept(reduction)}"
+        more = {"question": repr([*question])} if _asks(reduction) else {}
+        made = MultiModalHasher.hash_kwargs(algorithm, image=plain, reduction=reduction.key, **more)
+        if self.geometry.by_image or isinstance(reduction, OfLadder):  # the latter is in no cache
+            return made
+        return f"{made}{_KEPT}{self.geometry.kept(reduction)}"
 
     def _get_cache_missing_items(
         self, cache: Any, mm_data_items: MultiModalDataItems, mm_hashes: MultiModalHashes
@@ -327,8 +458,8 @@ class ReducingProcessor:
             if mm_data_items["image"][image] is None and not cache.is_cached_item(image_hash):
                 raise VLLMValidationError(
                     f"Image {image} has a uuid and no data, and is not known: an image is kept by "
-                    "its uuid together with its budget, method and options, and not for ever. Send "
-                    "its data again.",
+                    "its uuid together with its budget, method and options (and the question, for "
+                    "methods that ask for it), and not for ever. Send its data again.",
                     parameter="uuid",
                 )
         return super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)  # type: ignore[misc]
@@ -345,8 +476,16 @@ class ReducingProcessor:
         finally:
             inputs.hf_processor_mm_kwargs = ours
         cached = mm_is_cached.get("image", [])
-        missing = [s for s, hit in zip(settings, cached, strict=True) if not hit]
-        return kwargs | ({REDUCTION_KEY: missing} if any(missing) else {})
+        asking = self._questions(ours, settings)
+        each = zip(settings, asking, cached, strict=True)
+        missing = [(reduction, question) for reduction, question, hit in each if not hit]
+        if not any(reduction for reduction, _ in missing):
+            return kwargs
+        return {
+            **kwargs,
+            REDUCTION_KEY: [reduction for reduction, _ in missing],
+            QUESTIONS_KEY: [question for _, question in missing],
+        }
 
     def _apply_hf_processor_main(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
@@ -357,7 +496,11 @@ class ReducingProcessor:
         if any(packed.layout for packed in settled):
             self.strip_padding(processed, settled)
             processed[PACKED_FIELD] = [
-                pack(packed.reduction, packed.layout if self.geometry.by_image else None)
+                pack(
+                    packed.reduction,
+                    packed.layout if self.geometry.by_image else None,
+                    packed.question,
+                )
                 for packed in settled
             ]
         return processed
@@ -419,6 +562,43 @@ class ReducingProcessor:
         details.packed = packed
         return details
 
+    @staticmethod
+    def _questions(
+        kwargs: Mapping[str, object], settings: Sequence[Reduction | None]
+    ) -> Sequence[tuple[int, ...]]:
+        """Of every image with these settings, as :meth:`apply` has put them there."""
+        asking: Any = kwargs.get(QUESTIONS_KEY)
+        return [()] * len(settings) if asking is None else asking
+
+    def _with_questions(self, inputs: ProcessorInputs) -> Mapping[str, object]:
+        """Processor options with the question of every image, where a method asks for one.
+
+        Raises:
+            VLLMValidationError: the request has some itself; or as :meth:`_asked`.
+        """
+        kwargs = inputs.hf_processor_mm_kwargs
+        if QUESTIONS_KEY in kwargs:
+            raise VLLMValidationError(
+                f"{QUESTIONS_KEY} is not for requests to set: leave it out. An image's question "
+                "is read from the prompt.",
+                parameter=QUESTIONS_KEY,
+            )
+        asked = self._asked(kwargs, inputs.mm_data_items)
+        if not any(map(_asks, asked)):
+            return kwargs
+        tokenizer = self.info.get_tokenizer()  # type: ignore[attr-defined]
+        image = self.info.get_hf_config().image_token_id  # type: ignore[attr-defined]
+        found = questions(inputs.prompt, len(asked), image, self._unspoken, tokenizer)
+        return {**kwargs, QUESTIONS_KEY: found}
+
+    @cached_property
+    def _unspoken(self) -> frozenset[int]:
+        """Tokens that are no text."""
+        tokenizer = self.info.get_tokenizer()  # type: ignore[attr-defined]
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        marks = [number for number, token in added.items() if token.special]
+        return frozenset(marks) | frozenset(tokenizer.all_special_ids)
+
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         result = super()._cached_apply_hf_processor(inputs, timing_ctx)  # type: ignore[misc]
         inputs.visual_tokens = [
@@ -429,6 +609,13 @@ class ReducingProcessor:
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """As vLLM's, and what was settled for every image: the engine does not mind more keys."""
-        made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        self._choose(inputs)
+        ours = inputs.hf_processor_mm_kwargs
+        inputs.hf_processor_mm_kwargs = self._with_questions(inputs)
+        try:
+            made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        finally:
+            inputs.hf_processor_mm_kwargs = ours
         made[COUNTS_KEY] = inputs.visual_tokens
+        made[LOWERED_KEY] = getattr(inputs, "lowered", ())
         return made

@@ -7,17 +7,23 @@ How many that is, is decided by :mod:`vllm_ficoco.models.processing`; both ask
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     tensor_model_parallel_all_reduce,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.sequence import IntermediateTensors
 
+from vllm_ficoco.methods.paradigm import on_device
+from vllm_ficoco.packed import Packed
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
 from vllm_ficoco.vision.timing import StageTimer
 from vllm_ficoco.vision.tower import Timer, no_timer
@@ -62,6 +68,26 @@ class ReducingModel:
     def make_tower(self, geometry: Geometry, timer: Timer) -> Any:
         """The tower that reduces, over vLLM's."""
         raise NotImplementedError
+
+    @cached_property
+    def _words(self) -> VocabParallelEmbedding:
+        """The language model's table, without an adapter's rows: those follow a step's tokens."""
+        modules = self.get_language_model().modules()  # type: ignore[attr-defined]
+        return next(m for m in modules if isinstance(m, VocabParallelEmbedding))
+
+    def embed_questions(self, images: Sequence[Packed]) -> Tensor | None:
+        """(images, C): see :attr:`Evidence.question`. None where no method of theirs asks."""
+        if not any(i.reduction is not None and i.reduction.spec.asks_question for i in images):
+            return None
+        table = self._words
+        words = [word for image in images for word in image.question]
+        none = torch.zeros(table.embedding_dim, device=table.weight.device)
+        if not words:
+            return none.expand(len(images), -1)
+        rows = table(on_device(words, none.device)).float()
+        rows = torch.nn.functional.normalize(rows, dim=-1)
+        by_image = rows.split([len(image.question) for image in images])
+        return torch.stack([own.mean(0) if len(own) else none for own in by_image])
 
     def embed_input_ids(
         self,

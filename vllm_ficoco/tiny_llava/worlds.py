@@ -23,8 +23,8 @@ class Cluttered(SceneMaker):
     Many tokens stand out here that do not matter, and few are like their neighbours.
     """
 
-    clutter = (5, 10)
-    contrast = (8.0, 30.0)
+    clutter = (5, 7)
+    contrast = (3.0, 12.0)
     """Between the two tones of a background, from and to so many of 255 levels."""
 
     def _background(self) -> NDArray[np.float32]:
@@ -56,6 +56,7 @@ class Cluttered(SceneMaker):
             return super()._clutter()
         image = Image.new("L", (side * scale, side * scale))
         draw, most, width = ImageDraw.Draw(image), side * scale - 8, lot.randint(4, 9)
+        points: list[tuple[float, float]] = []
         kind = lot.randrange(3)
         if kind == 0:
             teeth = lot.randint(4, 7)
@@ -71,7 +72,6 @@ class Cluttered(SceneMaker):
                 draw.line([(8, at), (most, at)], fill=255, width=width // 2)
         else:
             turns, start = lot.uniform(1.5, 3), lot.uniform(0, 6)
-            points = []
             for k in range(60):
                 angle, r = start + turns * 2 * math.pi * k / 60, 46 * k / 60
                 points.append((56 + r * math.cos(angle), 56 + r * math.sin(angle)))
@@ -117,9 +117,9 @@ class Printed(SceneMaker):
                 x += mask.width + size // 2
             y += round(1.6 * size)
         page = page.filter(ImageFilter.GaussianBlur(0.5 * self.scale))
-        print_ = np.asarray(page, np.float32)[..., None] / 255
+        marks = np.asarray(page, np.float32)[..., None] / 255
         shade = np.linspace(0, draw.uniform(-15, 15), side)[:, None, None]
-        canvas = paper + shade - print_ * draw.uniform(*self.ink)
+        canvas = paper + shade - marks * draw.uniform(*self.ink)
         return (canvas + draw.standard_normal((side, side, 1)) * 3).astype(np.float32)
 
 

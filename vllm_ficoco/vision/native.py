@@ -21,7 +21,7 @@ from vllm_ficoco.methods import Evidence, Tokens
 from vllm_ficoco.methods.paradigm import on_device
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.geometry import PartPlan
-from vllm_ficoco.vision.tower import Timer, no_timer
+from vllm_ficoco.vision.tower import Timer, no_timer, rows
 
 
 class Kind(NamedTuple):
@@ -71,7 +71,11 @@ class NativeTower:
             self._watching, self._taken = False, None
 
     def reduce(
-        self, embeddings: Sequence[Tensor], pixels: Sequence[Tensor], kinds: Sequence[Kind | None]
+        self,
+        embeddings: Sequence[Tensor],
+        pixels: Sequence[Tensor],
+        kinds: Sequence[Kind | None],
+        questions: Tensor | None = None,
     ) -> list[tuple[Tensor, Tensor | None]]:
         """What is left of images that the tower has just run on.
 
@@ -79,6 +83,7 @@ class NativeTower:
             embeddings: of every image (n, D), in raster order.
             pixels: of every image (patches, values).
             kinds: what is to be done with each; None for one that stays whole.
+            questions: (images, C) of each, where a method asks; see :attr:`Evidence.question`.
 
         Returns:
             Of every image (kept, D) and (kept,) places in raster order; None for a whole one.
@@ -99,19 +104,27 @@ class NativeTower:
                     (plan.window.rows, plan.window.columns),
                     [starts[i] for i in images],
                     _together([pixels[i] for i in images]),
+                    rows(questions, images) if questions is not None else None,
                 )
                 left = method.reduce(tokens, evidence, plan.keep, options)
             for image, *kept in zip(images, left.hidden, left.position, strict=True):
                 outputs[image] = (kept[0], kept[1])
         return outputs
 
-    def _evidence(self, grid: tuple[int, int], starts: Sequence[int], pixels: Tensor) -> Evidence:
+    def _evidence(
+        self,
+        grid: tuple[int, int],
+        starts: Sequence[int],
+        pixels: Tensor,
+        questions: Tensor | None,
+    ) -> Evidence:
         """What is to be seen of B images of one grid.
 
         Args:
             grid: rows and columns of tokens.
             starts: where in the sequence of patches the images begin.
             pixels: (B, patches, values).
+            questions: (B, C), where a method asks.
         """
         if self._taken is None:  # no method among them asks for it
             nothing = pixels.new_empty(len(starts), 0, 0, 0)
@@ -130,6 +143,9 @@ class NativeTower:
             pixels=pixels,
             heads=self.attention.num_attention_heads_per_partition * self.attention.tp_size,
             unit=self.unit,
+            question=questions,
+            # Behind a token for the decoder's input stand those of deepstack.
+            project=lambda x: x if questions is None else x[..., : questions.shape[1]],
             **split,
         )
 

@@ -51,6 +51,7 @@ class ReducingTower:
         geometry: of the checkpoint.
         sum_over_ranks: adds a tensor up over the ranks that share the heads of the tower.
         timer: measures what the reduction costs.
+        project: what the model does with tokens of the tower before its decoder gets them.
     """
 
     def __init__(
@@ -59,13 +60,17 @@ class ReducingTower:
         geometry: Geometry,
         sum_over_ranks: Callable[[Tensor], Tensor],
         timer: Timer = no_timer,
+        project: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
         self.vision_model = vision_model
         self.geometry = geometry
         self.sum_over_ranks = sum_over_ranks
         self.timer = timer
+        self.project = project
 
-    def __call__(self, pixels: Tensor, inputs: Sequence[Input]) -> list[tuple[Tensor, Tensor]]:
+    def __call__(
+        self, pixels: Tensor, inputs: Sequence[Input], questions: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """What is left of every input, (kept, D), before the projector, and its places.
 
         Alike inputs run as one batch; all share the layers before the first one at which their
@@ -74,6 +79,7 @@ class ReducingTower:
         Args:
             pixels: (B, 3, height, width).
             inputs: what is to be done with each.
+            questions: (B, C) of each, where a method asks; see :attr:`Evidence.question`.
 
         Returns:
             Of every input (kept, D) and (kept,) places in its window, in raster order.
@@ -89,7 +95,8 @@ class ReducingTower:
             at = first
             numbers = groups[each]
             index = [waiting.index(number) for number in numbers]
-            reduced = self._reduce(rows(hidden, index), rows(pixels, numbers), each)
+            asked = rows(questions, numbers) if questions is not None else None
+            reduced = self._reduce(rows(hidden, index), rows(pixels, numbers), each, asked)
             for number, *tokens in zip(numbers, reduced.hidden, reduced.position, strict=True):
                 outputs[number] = tuple(tokens)
             left = [i for i in range(len(waiting)) if i not in index]
@@ -161,13 +168,16 @@ class ReducingTower:
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 
-    def _reduce(self, hidden: Tensor, pixels: Tensor, each: Input) -> Tokens:
+    def _reduce(
+        self, hidden: Tensor, pixels: Tensor, each: Input, questions: Tensor | None
+    ) -> Tokens:
         """One group, from the first layer of its stages to the end.
 
         Args:
             hidden: (B, m, D) input of that layer, [CLS] first if the tower has it.
             pixels: of the same inputs.
             each: what is to be done with them.
+            questions: theirs.
 
         Returns:
             Those that stay.
@@ -195,7 +205,7 @@ class ReducingTower:
                 hidden, query, key = (self._within(x, each.window) for x in (hidden, query, key))
                 tokens = Tokens.of(hidden[:, first:])
             with self.timer(method.name):
-                evidence = self._evidence(layer, query, key, pixels, each.window)
+                evidence = self._evidence(layer, query, key, pixels, each.window, questions)
                 tokens = tokens.with_hidden(hidden[:, first:])
                 tokens = method.reduce(tokens, evidence, keep_after[i], options)
                 hidden = torch.cat([hidden[:, :first], tokens.hidden], 1)
@@ -246,7 +256,13 @@ class ReducingTower:
         return hidden + output, query, key
 
     def _evidence(
-        self, layer: nn.Module, query: Tensor, key: Tensor, pixels: Tensor, window: Window
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        pixels: Tensor,
+        window: Window,
+        questions: Tensor | None = None,
     ) -> Evidence:
         attention = layer.self_attn
         split: dict[str, Any] = {}
@@ -260,6 +276,8 @@ class ReducingTower:
             has_cls=self.geometry.has_cls,
             pixels=pixels,
             heads=attention.num_heads,
+            question=questions,
+            project=self.project,
             **split,
         )
 
