@@ -76,7 +76,7 @@ def test_an_image_gets_what_it_asks_for(server: Server) -> None:
     assert kept(answer) == held
     assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == sum(held)
     assert answer["reduction"]["images"][2] == {
-        "method": "ficoco-v",
+        "method": "score",
         "budget": 32,
         "visual_tokens_before": TOKENS,
         "visual_tokens_kept": 32,
@@ -119,12 +119,12 @@ def test_every_place_where_it_can_be_said(server: Server) -> None:
         return [(image["method"], image["visual_tokens_kept"]) for image in images]
 
     tome = {"method": "tome", "budget": "auto"}
-    assert budgets(AUTO) == [("ficoco-v", 32)]
-    assert budgets({}, {"visual_token_budget": 9}, **AUTO) == [("ficoco-v", 32), ("ficoco-v", 9)]
-    assert budgets({}, AUTO, visual_token_budget=9) == [("ficoco-v", 9), ("ficoco-v", 32)]
-    assert budgets({"reduction": {"budget": "auto"}}, {}) == [("ficoco-v", 32), ("none", TOKENS)]
+    assert budgets(AUTO) == [("score", 32)]
+    assert budgets({}, {"visual_token_budget": 9}, **AUTO) == [("score", 32), ("score", 9)]
+    assert budgets({}, AUTO, visual_token_budget=9) == [("score", 9), ("score", 32)]
+    assert budgets({"reduction": {"budget": "auto"}}, {}) == [("score", 32), ("none", TOKENS)]
     assert budgets({}, {"reduction": {"method": "tome"}}, **AUTO) == [
-        *(("ficoco-v", 32), ("tome", 32))
+        *(("score", 32), ("tome", 32))
     ]
     assert budgets({}, AUTO, {"detail": "low"}, {"detail": "auto"}, reduction=tome) == [
         *(("tome", 32), ("tome", 32), ("tome", 16), ("tome", 32))
@@ -211,9 +211,9 @@ def test_words_that_are_not_known(server: Server, said: dict[str, Any], param: s
     ("fields", "fragment"),
     [
         ({"messages": user(), **AUTO}, "no images"),
-        ({"reduction": {"method": "random", "budget": "auto"}}, "one of ficoco-v, tome"),
+        ({"reduction": {"method": "random", "budget": "auto"}}, "one of score, ficoco-v, tome"),
         ({"reduction": {"budget": "auto", "rungs": ["1"]}}, "left out; known here"),
-        ({"reduction": {"method": "fastv", "budget": "auto"}}, "one of ficoco-v, tome"),
+        ({"reduction": {"method": "fastv", "budget": "auto"}}, "one of score, ficoco-v, tome"),
         ({"reduction": {"budget": "auto", "options": {"newlines": "all"}}}, "no newline tokens"),
     ],
 )

@@ -247,21 +247,21 @@ def image(**said: Any) -> Level:
 def test_a_budget_that_nobody_said_is_a_rung_less() -> None:
     """Of N, N / 3, 2 N / 9, N / 9: 144, 48, 32, 16."""
     for default, less in ((None, 48), (100, 48), (48, 32), (33, 32), (32, 16), (17, 16)):
-        assert lowered({}, LEVEL, image(), default_budget=default) == [("ficoco-v", less)] * 2
+        assert lowered({}, LEVEL, image(), default_budget=default) == [("score", less)] * 2
     for default in (16, 9):
-        assert lowered({}, LEVEL, default_budget=default) == [("ficoco-v", default)]
+        assert lowered({}, LEVEL, default_budget=default) == [("score", default)]
     ladder = {"auto_budgets": ("1", "1/2", "24")}
-    assert lowered({}, LEVEL, **ladder) == [("ficoco-v", 72)]
-    assert lowered({}, LEVEL, default_budget=72, **ladder) == [("ficoco-v", 24)]
+    assert lowered({}, LEVEL, **ladder) == [("score", 72)]
+    assert lowered({}, LEVEL, default_budget=72, **ladder) == [("score", 24)]
 
 
 def test_no_budget_is_below_the_smallest_of_the_policy() -> None:
-    assert lowered({}, LEVEL, default_budget=32, min_budget=20) == [("ficoco-v", 20)]
-    assert lowered({}, LEVEL, default_budget=20, min_budget=20) == [("ficoco-v", 20)]
+    assert lowered({}, LEVEL, default_budget=32, min_budget=20) == [("score", 20)]
+    assert lowered({}, LEVEL, default_budget=20, min_budget=20) == [("score", 20)]
 
 
 def test_auto_is_a_rung_less_whoever_said_it() -> None:
-    less = ("ficoco-v", "auto, 1 less")
+    less = ("score", "auto, 1 less")
     assert lowered({}, LEVEL, default_budget="auto") == [less]
     assert lowered({"visual_token_budget": "auto"}, LEVEL) == [less]
     assert lowered({}, image(visual_token_budget="auto")) == [less]
@@ -276,20 +276,20 @@ def test_what_was_said_stays() -> None:
     for default in (None, 100, "auto"):
         policy = {"default_budget": default, "high_budget": 96}
         for said, is_due in (
-            ({"visual_token_budget": 100}, ("ficoco-v", 100)),
+            ({"visual_token_budget": 100}, ("score", 100)),
             ({"reduction": {"budget": 90, "method": "tome"}}, ("tome", 90)),
             ({"reduction": none}, None),
         ):
             assert lowered(said, LEVEL, image(detail="auto"), **policy) == [is_due] * 2
             assert lowered({}, image(**said), **policy) == [is_due]
         assert lowered({}, image(detail="low"), image(detail="high"), **policy) == [
-            ("ficoco-v", 16),
-            ("ficoco-v", 96),
+            ("score", 16),
+            ("score", 96),
         ]
     # An image without a number among some that have one; none on the request is no number.
     assert lowered({}, image(visual_token_budget=100), LEVEL) == [
-        ("ficoco-v", 100),
-        ("ficoco-v", 48),
+        ("score", 100),
+        ("score", 48),
     ]
     assert lowered({"visual_token_budget": 100}, image(reduction={"method": "tome"})) == [
         ("tome", 100)
@@ -317,8 +317,8 @@ def test_what_cannot_be_reduced_or_found_again_stays() -> None:
     embeds, named = Level("a", embeds=True), Level("b", named=True)
     assert lowered({}, embeds, named, LEVEL, default_budget=100) == [
         None,
-        ("ficoco-v", 100),
-        ("ficoco-v", 48),
+        ("score", 100),
+        ("score", 48),
     ]
     assert lowered({}, LEVEL, geometry=Geometry.none("no images")) == [None]
     parts = [{"type": "image_url", "image_url": {"url": "a"}, "uuid": "b"}, {"type": "text"}]
@@ -466,7 +466,7 @@ LESS, USUAL = (48, "pressure"), (100, None)
 @pytest.mark.server
 def test_a_crowded_server_gives_less_and_says_so(small: Server) -> None:
     def lowered() -> float:
-        return value(small.metrics(), "vllm_ficoco_lowered_total", method="ficoco-v")
+        return value(small.metrics(), "vllm_ficoco_lowered_total", method="score")
 
     assert held(chat(small, conftest.image(10))) == [USUAL]
     about = small.http.get("/v1/reduction").json()["pressure"]
