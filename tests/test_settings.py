@@ -592,7 +592,7 @@ def test_auto_in_both_places() -> None:
         ({"budget": "auto", "lower": 1}, "reduction.lower", "left out"),
         ({"budget": 5, "least": 1}, "reduction.least", "left out"),
         ({"budget": "auto", "method": "fast"}, "reduction.method", "one of"),
-        ({"budget": "auto", "options": {"lambda": 2}}, "reduction.options.lambda", "equal to 1"),
+        ({"budget": "auto", "options": {"alpha": 9}}, "reduction.options.alpha", "equal to 8"),
         (
             {"budget": "auto", "method": "k-norm", "options": {"tokens": [5]}},
             "reduction.budget",
