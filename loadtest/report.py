@@ -20,6 +20,7 @@ COLUMNS: dict[str, Callable[[Line], float | None]] = {
     "TTFT p99, ms": lambda line: line.get("p99_ttft_ms"),
     "TPOT p50, ms": lambda line: line.get("p50_tpot_ms"),
     "goodput/s": lambda line: line["goodput_per_s"],
+    "good, %": lambda line: share_of_good(line),
     "most KV used, %": lambda line: 100 * line["watch"]["most_kv_cache_usage"],
     "most running": lambda line: line["watch"]["most_running"],
     "preemptions": lambda line: line["watch"]["preemptions"],
@@ -28,6 +29,13 @@ COLUMNS: dict[str, Callable[[Line], float | None]] = {
     ),
 }
 UNREDUCED = "none"
+
+
+def share_of_good(line: Line) -> float | None:
+    """Requests that met the objectives, in percent of all; None where there are no objectives."""
+    if line["goodput_per_s"] is None:
+        return None
+    return 100 * round(line["goodput_per_s"] * line["duration_s"]) / line["requests"]
 
 
 def groups(lines: Iterable[Line]) -> dict[Group, list[Line]]:

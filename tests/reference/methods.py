@@ -433,44 +433,55 @@ def score(image: Image, keep: int, alpha: float | None) -> Reduced:
     like the mean of all directions."""
     if alpha is None:
         alpha = 0.2 if image.has_cls else 0.0
-    saliency = image.of_cls()
-    mean = sum(x / (x.norm() or 1.0) for x in image.hidden)
-    average = [likeness(x, mean) * float(mean.norm()) / image.n for x in image.hidden]
+    alike, saliency = directions(image) @ directions(image).T, image.of_cls()
+    average = (alike.sum(0) / image.n).tolist()
     unusual = [1.0 if x > min(average) + ALIKE else 2.0 for x in average]
+    weight = [a**alpha for a in saliency]
 
-    def worth(i: int, chosen: list[int]) -> float:
+    def worth(chosen: list[int]) -> list[float]:
         if not chosen:
-            return saliency[i] if alpha else unusual[i]
-        highest = max(likeness(image.hidden[i], image.hidden[s]) for s in chosen)
-        return max(1 - highest, ALIKE) * saliency[i] ** alpha
+            return saliency if alpha else unusual
+        highest = alike[chosen].amax(0).tolist()
+        return [max(1 - x, ALIKE) * w for x, w in zip(highest, weight, strict=True)]
 
     return kept(image, sorted(greedily(image.n, keep, worth)))
+
+
+def directions(image: Image) -> Tensor:
+    """(n, D): the tokens with length 1, or 0."""
+    return torch.stack([x / (x.norm() or 1.0) for x in image.hidden])
 
 
 def dpp(image: Image, keep: int, alpha: float) -> Reduced:
     """The largest determinant of the kernel of what is chosen, step by step (arXiv 2506.10967,
-    section 3, without relevance). After half as many as there are channels, from the beginning."""
-    highest = max(image.of_cls()) if alpha else 1.0
-    quality = [(a / highest) ** alpha if alpha else 1.0 for a in image.of_cls()]
-    cosines = [[likeness(x, y) for y in image.hidden] for x in image.hidden]
-    for i, x in enumerate(image.hidden):
-        cosines[i][i] = 1.0 if x.any() else 0.0  # and not that but for rounding
+    section 3, without relevance)."""
+    saliency = image.of_cls()
+    quality = [(a / max(saliency)) ** alpha if alpha else 1.0 for a in saliency]
+    return kept(image, sorted(volume(image, keep, quality)))
 
-    def determinant(of: list[int]) -> float:
-        kernel = [[quality[i] * cosines[i][j] * quality[j] for j in of] for i in of]
-        return float(torch.linalg.det(torch.tensor(kernel, dtype=torch.float64))) if of else 1.0
 
-    def worth(i: int, chosen: list[int]) -> float:
+def volume(image: Image, keep: int, quality: list[float]) -> list[int]:
+    """Greedily the largest determinant of quality x cosine x quality.
+
+    It grows by the square of what is at right angles to all that are chosen, times that of the
+    quality. A round takes no more tokens than half as many as there are channels.
+    """
+    outside = directions(image)
+
+    def worth(chosen: list[int]) -> list[float]:
+        nonlocal outside
         within = len(chosen) % max(1, len(image.hidden[0]) // 2)
-        # What is spanned by those before it gives no volume: a kernel with it has none at all.
-        base: list[int] = []
-        for j in chosen[len(chosen) - within :]:
-            if determinant([*base, j]) > ALIKE * quality[j] ** 2 * determinant(base):
-                base.append(j)
-        grown = determinant([*base, i]) / determinant(base)
-        return max(grown, ALIKE * quality[i] ** 2)
+        if within == 0:
+            outside = directions(image)
+        else:
+            last = outside[chosen[-1]]
+            if float(last @ last) > ALIKE:  # else it lies in what the others span
+                along = last / last.norm()
+                outside = outside - (outside @ along)[:, None] * along
+        left = [round(float(x @ x), 12) for x in outside]
+        return [max(x, ALIKE) * q**2 for x, q in zip(left, quality, strict=True)]
 
-    return kept(image, sorted(greedily(image.n, keep, worth)))
+    return greedily(image.n, keep, worth)
 
 
 def scope(image: Image, keep: int, alpha: float) -> Reduced:
@@ -478,25 +489,25 @@ def scope(image: Image, keep: int, alpha: float) -> Reduced:
     the middles of so many windows, and saliency ** alpha."""
     saliency = image.of_cls()
     seen = middles(image.grid, COVERED) if image.n > COVERED else list(range(image.n))
-    cosines = [[likeness(x, image.hidden[j]) for j in seen] for x in image.hidden]
+    alike = directions(image) @ directions(image)[seen].T
 
-    def worth(i: int, chosen: list[int]) -> float:
-        gain = 0.0
-        for j in range(len(seen)):
-            before = max([0.0, *(cosines[s][j] for s in chosen)])
-            gain += max(before, cosines[i][j]) - before
-        return max(gain, ALIKE * len(seen)) * saliency[i] ** alpha
+    def worth(chosen: list[int]) -> list[float]:
+        covered = torch.zeros(len(seen), dtype=torch.float64)
+        if chosen:
+            covered = alike[chosen].amax(0).clamp_min(0)
+        gain = [float((torch.maximum(row, covered) - covered).sum()) for row in alike]
+        least = ALIKE * len(seen)
+        return [max(g, least) * a**alpha for g, a in zip(gain, saliency, strict=True)]
 
     return kept(image, sorted(greedily(image.n, keep, worth)))
 
 
-def greedily(n: int, count: int, worth: Callable[[int, list[int]], float]) -> list[int]:
+def greedily(n: int, count: int, worth: Callable[[list[int]], list[float]]) -> list[int]:
     """One after another the token that is worth most beside those that are chosen."""
     chosen: list[int] = []
     while len(chosen) < count:
-        others = without(n, chosen)
-        values = [worth(i, chosen) for i in others]
-        chosen.append(others[ranked(values)[0]])
+        values = worth(chosen)
+        chosen.append(next(i for i in ranked(values) if i not in chosen))
     return chosen
 
 
@@ -584,30 +595,12 @@ def relevances(tokens: Tensor, words: Tensor) -> list[float]:
 
 
 def cdpruner(image: Image, keep: int, alpha: float) -> Reduced:
-    """arXiv 2506.10967: the largest determinant of relevance x likeness x relevance, greedily.
-
-    A round takes no more tokens than half as many as there are channels.
-    """
+    """arXiv 2506.10967: the largest determinant of relevance x likeness x relevance, greedily."""
     low, high = min(image.relevance), max(image.relevance)
     quality = [
         max((r - low) / (high - low), 1e-4) ** alpha if high > low else 1.0 for r in image.relevance
     ]
-
-    target: list[int] = []
-    outside: list[Tensor] = []
-    """Of every token's direction what is at right angles to all chosen ones: the determinant grows
-    by its square, times that of the quality."""
-    while len(target) < keep:
-        if len(target) % max(1, len(image.hidden[0]) // 2) == 0:
-            outside = [x / (x.norm() or 1.0) for x in image.hidden]
-        left = [round(float(x @ x), 12) for x in outside]
-        others = without(image.n, target)
-        best = others[ranked([max(left[i], ALIKE) * quality[i] ** 2 for i in others])[0]]
-        target.append(best)
-        if left[best] > ALIKE:  # else it lies in what the others span
-            along = outside[best] / outside[best].norm()
-            outside = [x - (x @ along) * along for x in outside]
-    return kept(image, sorted(target))
+    return kept(image, sorted(volume(image, keep, quality)))
 
 
 def recoverable(

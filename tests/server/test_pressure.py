@@ -404,7 +404,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with a KV cache of 79 blocks of 32 tokens, and low marks."""
     log = tmp_path_factory.mktemp("small") / "log"
     pool = ["--block-size=32", "--num-gpu-blocks-override=80", "--max-num-seqs=64"]
-    flags = ["--reduction-pressure=0.4:0.3", "--reduction-default-budget=100"]
+    flags = ["--reduction-pressure=0.4:0.2", "--reduction-default-budget=100"]
     command = ["ficoco_server.cli", "serve", MODEL, *pool, *flags]
     with conftest.running(command, log, VLLM_ENABLE_RESPONSES_API_STORE="1") as started:
         yield started
@@ -470,7 +470,7 @@ def test_a_crowded_server_gives_less_and_says_so(small: Server) -> None:
 
     assert held(chat(small, conftest.image(10))) == [USUAL]
     about = small.http.get("/v1/reduction").json()["pressure"]
-    assert (about["high"], about["low"], about["on"]) == (0.4, 0.3, False)
+    assert (about["high"], about["low"], about["on"]) == (0.4, 0.2, False)
     before = lowered()
     with crowded(small):
         assert held(chat(small, conftest.image(11), conftest.image(12))) == [LESS] * 2

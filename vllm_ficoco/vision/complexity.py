@@ -4,11 +4,11 @@
 An image is looked at as 12 x 12 cells. One in which nothing happens, sky or paper, is like its
 neighbours, and one token can stand for many of them; one with edges in it is like no other. So an
 image asks for a token for every two cells that are busy, a share that is its own whatever the size
-of the grid that a model makes of it: of the scenes that the shipped model was trained on, those
-with up to 32 of 144 lose least at a ninth of their tokens. Where nearly all cells are busy it asks
-for everything, and where many look like writing (steps between two levels) for no less than the
-share at which words are known to be read. Writing that is small against the image, a line or two
-on a whole page, is not seen as such.
+of the grid that a model makes of it: of scenes as the shipped model was trained on, those with up
+to 32 of 144 lose least at a ninth of their tokens. No more than a third for all that: beyond it,
+next to nothing is gained there. But writing is fine: an image in which most cells look like it
+(steps between two levels) asks for everything, and one with some for no less than a third. Writing
+that is small against the image, a line or two on a whole page, is not seen as such.
 
 All in whole numbers, on a sample of 168 x 168 pixels, so the same pixels give the same answer on
 every machine, and in the same fraction of a millisecond whatever the size of the image. Nothing
@@ -33,9 +33,11 @@ CELLS = 12
 BUSY_PIXELS = 6
 """So many pixels of a cell, of 7 x 7 after halving, are edges where it is busy."""
 
-DENSE = 96
-"""With more busy cells than this, two thirds of all, an image asks for all of its tokens: such are
-pages of text, and textures."""
+MOST = Fraction(1, 3)
+"""Share that an image asks for at most, if it is no page of text."""
+
+PAGE_CELLS = 72
+"""So many cells that look like writing, half of all, make a page of text."""
 
 WRITTEN_CELLS = 9
 """So many cells that look like writing make an image one with text: most of a line across it."""
@@ -70,11 +72,10 @@ def asks_for(image: Any) -> Asked:
         UnknownPixels: it is none of these.
     """
     seen = sample(image)
-    busy = int(busy_cells(seen).sum())
-    share = Fraction(busy, 2 * CELLS**2) if busy <= DENSE else Fraction(1)
-    written = int(written_cells(seen).sum()) >= WRITTEN_CELLS
-    least = READABLE if written else Fraction(0)
-    return Asked(max(share, least), least)
+    busy, written = int(busy_cells(seen).sum()), int(written_cells(seen).sum())
+    least = READABLE if written >= WRITTEN_CELLS else Fraction(0)
+    share = min(Fraction(busy, 2 * CELLS**2), MOST)
+    return Asked(Fraction(1) if written >= PAGE_CELLS else max(share, least), least)
 
 
 def busy_cells(seen: Image.Image) -> NDArray[np.bool_]:
