@@ -340,7 +340,7 @@ def test_outside_of_the_policy(
         ({"reduction": {"budget": "Auto"}}, "reduction.budget"),
         ({"reduction": {"budget": "auto", "rungs": ["1"]}}, "reduction.rungs"),
         ({"reduction": {"budget": "auto", "method": "fastest"}}, "reduction.method"),
-        ({"reduction": {"budget": "auto", "options": {"lambda": 7}}}, "reduction.options.lambda"),
+        ({"reduction": {"budget": "auto", "options": {"alpha": 9}}}, "reduction.options.alpha"),
         (
             {"reduction": {"budget": "auto", "method": "k-norm", "options": {"tokens": [9]}}},
             "reduction.budget",
