@@ -902,7 +902,7 @@ def main() -> None:
     plot(results, plain, 0, args.out / "accuracy-by-tokens.png")
     plot(results, plain, args.kv_bytes, args.out / "accuracy-by-kv.png")
     if inside:
-        best = [s for s in plain if s.method in ("none", "ficoco-v", "ficoco-k")]
+        best = [s for s in plain if s.method in ("none", "score", "ficoco-k")]
         at_once = [s for s in inside if len({*s.options.get("tokens", ())}) < 2]
         rows = best + [s for s in at_once if not s.variant]
         plot(results, rows, args.kv_bytes, args.out / "decoder-by-kv.png")
