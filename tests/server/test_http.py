@@ -645,6 +645,7 @@ def test_clients_cannot_make_series(server: Server) -> None:
     assert labels.pop("stage") == {"input", "kept"}
     edges = {"<=32", "<=64", "<=128", "<=192", "<=256", "<=576", ">576"}
     assert labels.pop("budget") <= {*edges, "full", "text", "mixed"}
+    assert labels.pop("rung", set()) <= {"N", "N/3", "2N/9", "N/9"}  # the server's own
     assert not labels
 
 
