@@ -253,7 +253,7 @@ def test_every_shape_and_method(served: Served) -> None:
         asks = asks[::4]
     if served.engine.asynchronous:  # in Triton's interpreter, see below
         asks = asks[::5]
-    assert check(served.engine, served.reference, asks, times=2) >= len(asks) // 5
+    assert check(served.engine, served.reference, asks, times=2) >= len(asks) // 8
 
 
 def test_without_the_offsets_it_would_be_wrong(
@@ -449,7 +449,7 @@ def test_under_pressure(tmp_path: Path) -> None:
         "max_model_len": 256,
         "max_num_batched_tokens": 48,
         "max_num_seqs": 12,
-        "num_gpu_blocks_override": 14,
+        "num_gpu_blocks_override": 11,
     }
     with made(tmp_path, "qwen2.5-vl", **limits) as (engine, reference):
         preempted = engine.watch_preemptions()
