@@ -4,7 +4,8 @@
     python benchmarks/received.py --questions 500
 
 Top-K on the shipped model, whose [CLS] is left out of all but one of them: what a patch receives
-from all patches, from those of a sample, by logits, and the least of it instead of the most.
+from all patches, from those of a sample, by logits, and the least of it instead of the most. And
+what `score` keeps where there is no [CLS], with and without what a patch receives.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from budgets import table
 from engines import environment
 from vllm_ficoco.methods import METHODS, Evidence, Tokens
 from vllm_ficoco.methods.paradigm import grid_windows, highest
+from vllm_ficoco.methods.score import SCORE, ScoreOptions
+from vllm_ficoco.methods.score import filter as choose
 from vllm_ficoco.methods.topk import TOPK
 
 Look = Callable[[Evidence], Tensor]
@@ -48,6 +51,18 @@ LOOKS: dict[str, Look] = {
 }
 
 
+def without_cls(evidence: Evidence) -> Evidence:
+    """What the same layer would show of a tower that has none."""
+    query, key = (x[:, :, 1:] for x in (evidence.query, evidence.key))
+    return replace(evidence, query=query, key=key, has_cls=False)
+
+
+SCORES = {
+    "score, no [CLS]": ScoreOptions(),
+    "score, no [CLS], received": ScoreOptions(alpha=0.2),
+}
+
+
 def main() -> None:
     """``python benchmarks/received.py``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -61,10 +76,18 @@ def main() -> None:
             name=name,
             filter=lambda _, evidence, leave, __, look=look: highest(-look(evidence), leave),
         )
+    for name, options in SCORES.items():
+        METHODS[name] = replace(
+            SCORE,
+            name=name,
+            filter=lambda tokens, evidence, leave, _, options=options: choose(
+                tokens, without_cls(evidence), leave, options
+            ),
+        )
     engine = Engine.start("tiny-llava")
     asked = [(i, *question) for i, question in enumerate(held_out(args.questions))]
     rows = [["kept by", *map(str, args.budgets)]]
-    for name in (*LOOKS, "uniform"):
+    for name in (*LOOKS, "uniform", *SCORES):
         shares = []
         for budget in args.budgets:
             given: dict[int, str] = {}
