@@ -461,6 +461,26 @@ def gains(one: dict[int, Answer], other: dict[int, Answer], asked: Asked) -> dic
     return {i: right(one, i) - right(other, i) for i in sorted(one.keys() & other.keys())}
 
 
+def by_scene(
+    answers: Iterable[tuple[str, Asked, dict[int, Answer], dict[int, Answer]]],
+) -> Paired:
+    """One setting against another over several worlds and budgets.
+
+    All questions to one scene count as one draw, since they see the same tokens or some of them.
+
+    Args:
+        answers: a world's name, its questions, the answers of the one and of the other.
+    """
+    scenes: dict[tuple[str, Scene], int] = {}
+    questions = 0
+    for world, asked, one, other in answers:
+        for index, gain in gains(one, other, asked).items():
+            at = world, asked[index][0]
+            scenes[at] = scenes.get(at, 0) + gain
+            questions += 1
+    return Paired.of([*scenes.values()], questions)
+
+
 def paired(one: dict[int, Answer], other: dict[int, Answer], asked: Asked) -> Paired:
     """One setting against another, question by question."""
     found = gains(one, other, asked)
@@ -580,8 +600,7 @@ def comparison(
 ) -> str:
     """All methods in all worlds at all budgets, the best first, as markdown.
 
-    The last column takes all worlds and budgets together. All questions to one scene count as one
-    draw there, at whatever budget, since they see the same tokens or some of them.
+    The last column takes all worlds and budgets together, see :func:`by_scene`.
 
     Args:
         worlds: of each, the questions and the answers by the settings' names. Settings that have no
@@ -601,22 +620,15 @@ def comparison(
     )
 
     def total(method: str, variant: str) -> str:
-        scenes: dict[tuple[str, Scene], int] = {}
-        questions = 0
+        options = json.loads(variant) if variant else {}
+        both = []
         for world, budget in columns:
             asked, answers = worlds[world]
-            options = json.loads(variant) if variant else {}
             one = answers.get(Setting(method, budget, options).name)
             other = answers.get(Setting(against, budget).name)
-            if one is None or other is None:
-                continue
-            for index, gain in gains(one, other, asked).items():
-                at = world, asked[index][0]
-                scenes[at] = scenes.get(at, 0) + gain
-                questions += 1
-        if not questions or (method, variant) == (against, ""):
-            return ""
-        return str(Paired.of([*scenes.values()], questions))
+            if one is not None and other is not None:
+                both.append((world, asked, one, other))
+        return "" if not both or (method, variant) == (against, "") else str(by_scene(both))
 
     def mean(row: dict[tuple[str, int], float]) -> float | None:
         return sum(row.values()) / len(row) if len(row) == len(columns) else None

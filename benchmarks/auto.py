@@ -28,9 +28,8 @@ from accuracy import (
     Answer,
     Engine,
     Paired,
-    Scene,
+    by_scene,
     conditions_of,
-    gains,
     held_out,
     interval,
     load,
@@ -114,14 +113,7 @@ class World:
 
 def against(worlds: Iterable[World], one: Setting, other: Setting) -> Paired:
     """One setting against another in some worlds, scene by scene."""
-    scenes: dict[tuple[str, Scene], int] = {}
-    questions = 0
-    for world in worlds:
-        for index, gain in gains(world.of(one), world.of(other), world.asked).items():
-            at = world.name, world.asked[index][0]
-            scenes[at] = scenes.get(at, 0) + gain
-            questions += 1
-    return Paired.of([*scenes.values()], questions)
+    return by_scene((w.name, w.asked, w.of(one), w.of(other)) for w in worlds)
 
 
 def mean_of(worlds: Iterable[World], setting: Setting) -> float:

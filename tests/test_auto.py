@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.cache import MultiModalProcessorOnlyCache
 
 from tests.checkpoints import random_llava_next, random_qwen
+from tests.pictures import drawn
 from vllm_ficoco import plugin
 from vllm_ficoco.models import processing
 from vllm_ficoco.models.processing import COUNTS_KEY, RefusedImage, tokens_by_hash
@@ -23,19 +23,6 @@ from vllm_ficoco.settings import AutoBudget, Lowered, Reduction
 from vllm_ficoco.tiny_llava import CHECKPOINT
 
 AUTO = {"visual_token_budget": "auto"}
-
-
-def drawn(busy: int, seed: int = 0, size: tuple[int, int] = (168, 168)) -> Image.Image:
-    """A picture that is grey but for so many of its 12 x 12 cells, which are coarse noise; of all
-    of them it is black and white, as a page is."""
-    lot = np.random.default_rng(seed)
-    pixels = np.full((168, 168, 3), lot.integers(100, 140, 3), np.uint8)
-    noise = lot.integers(0, 255, (84, 84, 3), dtype=np.uint8).repeat(2, 0).repeat(2, 1)
-    if busy == 144:
-        noise = noise[..., :1] // 128 * np.full(3, 255, np.uint8)
-    mask = (np.arange(144) < busy).reshape(12, 12).repeat(14, 0).repeat(14, 1)
-    pixels[mask] = noise[mask]
-    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
 class Processor:

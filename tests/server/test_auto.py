@@ -7,31 +7,16 @@ import base64
 import io
 from typing import Any
 
-import numpy as np
 import openai
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.pictures import drawn
 from tests.server.conftest import MODEL, TOKENS, Server, turn, user, value
 
 pytestmark = pytest.mark.server
 
 CHAT = "/v1/chat/completions"
-
-
-def drawn(busy: int, seed: int = 0, size: tuple[int, int] = (168, 168)) -> Image.Image:
-    """A picture that is grey but for so many of its 12 x 12 cells, which are coarse noise; of all
-    of them it is black and white, as a page is."""
-    lot = np.random.default_rng(seed)
-    pixels = np.full((168, 168, 3), lot.integers(100, 140, 3), np.uint8)
-    noise = lot.integers(0, 255, (84, 84, 3), dtype=np.uint8).repeat(2, 0).repeat(2, 1)
-    if busy == 144:
-        noise = noise[..., :1] // 128 * np.full(3, 255, np.uint8)
-    cells = np.zeros(144, bool)
-    cells[:busy] = True
-    mask = cells.reshape(12, 12).repeat(14, 0).repeat(14, 1)
-    pixels[mask] = noise[mask]
-    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
 def page(seed: int) -> Image.Image:

@@ -146,6 +146,32 @@ class Span:
         self._chosen += 1
 
 
+class Cover:
+    """Who is covered by those that are chosen: a token j by its max cosine to one, at least 0.
+
+    Args:
+        likeness: of the tokens.
+        seen: (c,) the tokens j that count; None: all.
+    """
+
+    def __init__(self, likeness: Likeness, seen: Tensor | None) -> None:
+        # What of j is covered if i is chosen as well: where it is less than what is now, that.
+        self._raised = likeness.columns(seen).clamp_min_(0)
+        images, n, self._seen = self._raised.shape
+        self._first = torch.arange(0, images * n, n, device=self._raised.device)
+        self._covered = self._raised.new_zeros(images, 1)
+
+    def gain(self) -> Tensor:
+        """(B, n): how much more is covered, over all j, if a token is chosen as well."""
+        return self._raised.sum(2).sub_(self._covered).clamp_min_(SMALLEST * self._seen)
+
+    def add(self, best: Tensor) -> None:
+        """Chooses one more (B, 1)."""
+        now = self._raised.flatten(0, 1).index_select(0, best[:, 0] + self._first)
+        torch.maximum(self._raised, now[:, None], out=self._raised)
+        self._covered = now.sum(1, keepdim=True)
+
+
 def k_centres(likeness: Likeness, weight: Tensor, first: Tensor, count: int) -> Tensor:
     """The token that is least like its most alike chosen one, by weight: (1 - max cosine) * weight.
 
@@ -201,8 +227,6 @@ def log_det(likeness: Likeness, weight: Tensor | None, count: int) -> Tensor:
 def coverage(likeness: Likeness, weight: Tensor, seen: Tensor | None, count: int) -> Tensor:
     """The token that makes others most alike to a chosen one, by weight.
 
-    Its gain is what the max cosine to a chosen token, at least 0, grows by, sum over tokens j.
-
     Args:
         likeness: of the tokens.
         weight: (B, n), above 0.
@@ -212,17 +236,10 @@ def coverage(likeness: Likeness, weight: Tensor, seen: Tensor | None, count: int
     Returns:
         (B, k) indices in the order of choice.
     """
-    # What of j is covered if i is chosen as well: where it is less than what is covered now, that.
-    raised = likeness.columns(seen).clamp_min_(0)
-    images, n, count_seen = raised.shape
-    first = torch.arange(0, images * n, n, device=raised.device)
-    covered, chosen, weight = raised.new_zeros(images, 1), list[Tensor](), weight.clone()
+    cover, chosen, weight = Cover(likeness, seen), list[Tensor](), weight.clone()
     for _ in range(count):
-        gain = raised.sum(2).sub_(covered).clamp_min_(SMALLEST * count_seen)
-        best = gain.mul_(weight).argmax(1, keepdim=True)
+        best = cover.gain().mul_(weight).argmax(1, keepdim=True)
         chosen.append(best)
         weight.scatter_(1, best, -1.0)  # not again
-        now = raised.flatten(0, 1).index_select(0, best[:, 0] + first)
-        torch.maximum(raised, now[:, None], out=raised)
-        covered = now.sum(1, keepdim=True)
+        cover.add(best)
     return torch.cat(chosen, 1)

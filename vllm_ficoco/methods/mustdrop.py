@@ -42,6 +42,7 @@ from vllm_ficoco.methods.paradigm import (
     Tokens,
     VisionOptions,
     highest,
+    places,
     take,
 )
 
@@ -58,9 +59,7 @@ class MustDropOptions(DecoderOptions, VisionOptions):
 
 def _ranks(score: Tensor) -> Tensor:
     """(B, k): how many come before by score, the lowest first; ties by index."""
-    order = score.argsort(dim=-1, stable=True)
-    number = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.zeros_like(order).scatter(1, order, number)
+    return places(score.argsort(dim=-1, stable=True))
 
 
 def _roles(tokens: Tokens, evidence: Evidence) -> tuple[Tensor, Tensor]:

@@ -620,6 +620,12 @@ def highest(score: Tensor, count: int) -> Tensor:
     return score.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
+def places(order: Tensor) -> Tensor:
+    """(..., n) int64: at which place of an order of all tokens each of them stands."""
+    number = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.zeros_like(order).scatter(-1, order, number)
+
+
 def divide(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """``index`` (B, k) ascending, and the indices below ``n`` that are not in it, (B, n - k)."""
     present = torch.zeros(index.shape[0], n, dtype=torch.uint8, device=index.device)
@@ -684,6 +690,15 @@ def one_hot_of_highest(correlation: Tensor) -> Tensor:
     """(B, S, T): 1 where a source's correlation is highest, else 0 (K = 1)."""
     best = correlation.argmax(-1, keepdim=True)
     return torch.zeros_like(correlation).scatter_(2, best, 1.0)
+
+
+def one_hot_among(correlation: Tensor, target: Tensor, barred: Tensor, n: int) -> Tensor:
+    """The same among the targets (B, T) of n tokens that are not in ``barred`` (B, k); 0 if none is
+    left."""
+    receives = torch.ones(len(target), n, dtype=torch.bool, device=target.device)
+    receives = take(receives.scatter(1, barred, False), target)
+    correlation = correlation.masked_fill(~receives[:, None], -torch.inf)
+    return one_hot_of_highest(correlation).masked_fill(correlation.isinf(), 0.0)
 
 
 def quantile_per_row(x: Tensor, q: float) -> Tensor:

@@ -40,7 +40,8 @@ from vllm_ficoco.methods.paradigm import (
     blocks_of,
     complement,
     highest,
-    one_hot_of_highest,
+    one_hot_among,
+    places,
     take,
 )
 
@@ -76,8 +77,7 @@ def leaders(evidence: Evidence, among: Tensor, count: int, neighbours: int) -> T
             found.append((-others.topk(near, dim=-1, largest=False).values.mean(-1)).exp())
         density = torch.cat(found, 1)
     # Among equally dense ones the lower index is the denser.
-    order = highest(density, m)
-    rank = torch.empty_like(order).scatter_(1, order, number)
+    rank = places(highest(density, m))
     apart = []
     for block in blocks_of(number, number):
         far, denser = distances(block), rank[:, None] < take(rank, block)[..., None]
@@ -125,9 +125,7 @@ def weigh(
 ) -> Tensor:
     """1 for the leader whose key is most like one's own; the others take nothing in."""
     own, _ = stay(tokens, evidence, target.shape[1], options)
-    leads = torch.ones_like(tokens.position, dtype=torch.bool).scatter(1, own, False)
-    correlation = correlation.masked_fill(~take(leads, target)[:, None], -torch.inf)
-    return one_hot_of_highest(correlation).masked_fill(correlation.isinf(), 0.0)
+    return one_hot_among(correlation, target, own, len(tokens))
 
 
 RECOVERABLE = Method(

@@ -65,22 +65,15 @@ def choose(tokens: Tokens, relevance: Tensor, leave: int, options: TopsOptions) 
     n, likeness, seen = len(tokens), Likeness(tokens.hidden), None
     if n > greedy.COVERED:
         seen = torch.arange(greedy.COVERED, device=relevance.device) * n // greedy.COVERED
-    # What of j is covered if i is chosen as well.
-    raised = likeness.columns(seen).clamp_min_(0)
-    images, _, count = raised.shape
-    first = torch.arange(0, images * n, n, device=raised.device)
-    covered, nearest = raised.new_zeros(images, 1), torch.zeros_like(relevance)
+    cover, nearest = greedy.Cover(likeness, seen), torch.zeros_like(relevance)
     fixed, chosen = _scaled(relevance), list[Tensor]()
     for _ in range(n - leave):
-        gain = raised.sum(2).sub_(covered).clamp_min_(SMALLEST * count)
         score = fixed + options.diversity * _scaled((1 - nearest).clamp_min_(SMALLEST))
-        best = score.add_(_scaled(gain), alpha=options.coverage).argmax(1, keepdim=True)
+        best = score.add_(_scaled(cover.gain()), alpha=options.coverage).argmax(1, keepdim=True)
         chosen.append(best)
         fixed.scatter_(1, best, -torch.inf)  # not again
         torch.maximum(nearest, likeness.row(best), out=nearest)
-        now = raised.flatten(0, 1).index_select(0, best[:, 0] + first)
-        torch.maximum(raised, now[:, None], out=raised)
-        covered = now.sum(1, keepdim=True)
+        cover.add(best)
     return complement(torch.cat(chosen, 1), n)
 
 

@@ -32,8 +32,7 @@ from vllm_ficoco.methods.paradigm import (
     VisionOptions,
     complement,
     highest,
-    one_hot_of_highest,
-    take,
+    one_hot_among,
 )
 
 
@@ -62,20 +61,24 @@ def filter(tokens: Tokens, evidence: Evidence, leave: int, options: VisionZipOpt
 
 
 def correlate(
-    tokens: Tokens, evidence: Evidence, source: Tensor, target: Tensor, options: VisionZipOptions
+    _: Tokens, evidence: Evidence, source: Tensor, target: Tensor, __: VisionZipOptions
 ) -> Tensor:
-    """Cosine of keys; dominant tokens cannot receive."""
-    dominant, _ = stay(tokens, evidence, target.shape[1], options)
-    receives = torch.ones_like(tokens.position, dtype=torch.bool).scatter(1, dominant, False)
-    similarity = evidence.cosine_of_keys(source, target)
-    return similarity.masked_fill(~take(receives, target)[:, None], float("-inf"))
+    """Cosine of keys."""
+    return evidence.cosine_of_keys(source, target)
 
 
 def weigh(
-    _: Tokens, __: Evidence, ___: Tensor, ____: Tensor, correlation: Tensor, _____: VisionZipOptions
+    tokens: Tokens,
+    evidence: Evidence,
+    _: Tensor,
+    target: Tensor,
+    correlation: Tensor,
+    options: VisionZipOptions,
 ) -> Tensor:
-    # Where the budget is too small for any contextual token, nothing can be merged.
-    return one_hot_of_highest(correlation).masked_fill(correlation.isinf(), 0.0)
+    """1 for the contextual token whose key is most like one's own; dominant tokens cannot receive,
+    and where the budget is too small for any contextual token, nothing is merged."""
+    dominant, _ = stay(tokens, evidence, target.shape[1], options)
+    return one_hot_among(correlation, target, dominant, len(tokens))
 
 
 VISIONZIP = Method(

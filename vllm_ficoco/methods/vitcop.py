@@ -44,6 +44,7 @@ from vllm_ficoco.methods.paradigm import (
     VisionOptions,
     highest,
     merge,
+    places,
 )
 
 
@@ -103,10 +104,7 @@ def clusters(
 
 def _ranks(score: Tensor, cluster: Tensor) -> Tensor:
     """(B, n): how many of a token's cluster come before it by score; ties by index."""
-    order = score.argsort(dim=-1, stable=True)
-    place = torch.zeros_like(order).scatter(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
+    place = places(score.argsort(dim=-1, stable=True))
     before = (cluster[:, None] == cluster[..., None]) & (place[:, None] < place[..., None])
     return before.sum(-1)
 
