@@ -83,21 +83,23 @@ def test_refused(config: Any, change: Callable[[Any], None], says: str) -> None:
 
 @pytest.mark.parametrize("mode", CompilationMode)
 @pytest.mark.parametrize("graphs", CUDAGraphMode)
-def test_compiled_stages_run_without_cuda_graphs(
+def test_cuda_graphs_are_those_of_decode_steps(
     config: Any, mode: CompilationMode, graphs: CUDAGraphMode
 ) -> None:
     changed = copy.deepcopy(config)
     put("compilation_config.mode", mode)(changed)
     put("compilation_config.cudagraph_mode", graphs)(changed)
-    if graphs == CUDAGraphMode.NONE and mode != CompilationMode.STOCK_TORCH_COMPILE:
+    fine = graphs in (CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
+    if fine and mode != CompilationMode.STOCK_TORCH_COMPILE:
         check(changed)
         return
-    with pytest.raises(StagesError, match=r"cudagraph_mode NONE|torch\.compile of the whole model"):
+    with pytest.raises(StagesError, match=r"FULL_DECODE_ONLY|torch\.compile of the whole model"):
         check(changed)
 
 
 def test_backends_are_on_the_list_or_refused() -> None:
-    check_backend("CPU_ATTN")
+    for name in ("CPU_ATTN", "TRITON_ATTN", "FLASH_ATTN"):
+        check_backend(name)
     with pytest.raises(StagesError, match="FLASHINFER"):
         check_backend("FLASHINFER")
 

@@ -3,15 +3,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses the operators for which the host has to wait for the device."""
+    """Refuses the operators for which the host has to wait for the device.
+
+    Args:
+        on_device: of code that also computes on the host: the tensors that are taken to lie on a
+            device, and with them all that is made of them. None: all tensors do.
+    """
+
+    def __init__(self, on_device: Iterable[torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self.kept: list[torch.Tensor] | None = None if on_device is None else [*on_device]
+        self.there = {x.untyped_storage()._cdata for x in self.kept or ()}
+
+    def on_device(self, values: Iterable[Any]) -> bool:
+        """Whether one of these is a tensor on the device."""
+        if self.kept is None:
+            return True
+        flat = tree_leaves(values)
+        tensors = (x for x in flat if isinstance(x, torch.Tensor))
+        return any(x.untyped_storage()._cdata in self.there for x in tensors)
 
     WAITS = (
         "_local_scalar_dense",
@@ -35,7 +55,7 @@ class NoWaiting(TorchDispatchMode):
     def __enter__(self) -> NoWaiting:
         self.patch = pytest.MonkeyPatch()
         for name in ("tolist", "cpu", "numpy"):  # on a CPU, these run no operator
-            self.patch.setattr(torch.Tensor, name, _refuse(name))
+            self.patch.setattr(torch.Tensor, name, self._refuse(name))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -44,16 +64,26 @@ class NoWaiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("aten::").split(".")[0]
-        if name in self.WAITS:
+        there = self.on_device((args, kwargs))
+        if name in self.WAITS and there:
             raise AssertionError(f"the host waits for {func.name()}")
-        if name in ("index", "index_put", "index_put_"):
+        if name in ("index", "index_put", "index_put_") and there:
             for index in args[1]:
                 assert index is None or index.dtype not in (torch.bool, torch.uint8), func.name()
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        if there and self.kept is not None:
+            for x in tree_leaves(made):
+                if isinstance(x, torch.Tensor):
+                    self.kept.append(x)  # or another could get its storage
+                    self.there.add(x.untyped_storage()._cdata)
+        return made
 
+    def _refuse(self, name: str) -> Any:
+        original = getattr(torch.Tensor, name)
 
-def _refuse(name: str) -> Any:
-    def waits(*_: Any) -> None:
-        raise AssertionError(f"the host waits for Tensor.{name}")
+        def waits(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.on_device([tensor]):
+                raise AssertionError(f"the host waits for Tensor.{name}")
+            return original(tensor, *args, **kwargs)
 
-    return waits
+        return waits

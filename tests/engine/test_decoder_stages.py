@@ -28,7 +28,8 @@ from tests.engine.conftest import (
 )
 from tests.reference.decoder import CHOOSE, Answer, Choose, answer
 from tests.reference.llava import ReferenceLlava
-from vllm_ficoco.engine import decoder
+from tests.waiting import NoWaiting
+from vllm_ficoco.engine import attention, decoder
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.engine.decoder import StagedDecoder
 from vllm_ficoco.engine.gaps import Run, held_of
@@ -184,8 +185,25 @@ def test_a_mixed_batch_says_what_the_reference_does(
         return result
 
     monkeypatch.setattr(StagedDecoder, "_reduce", watched)
+    if v2:  # the worker knows the plans of its requests, and reads no block table
+        monkeypatch.setattr(attention, "left_by_table", None)
     due = check(staged, reference, asks_of_every_kind())
     assert sorted(kept) == sorted(due) and len(due) > 60
+
+
+def test_the_host_never_waits_in_a_prefill(staged: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside the decoder; what finds the rows that are left is in tests/test_plans.py."""
+    original, rows = StagedDecoder.__call__, []
+
+    def watched(self: StagedDecoder, ids: Any, positions: Any, embeds: Any, *args: Any) -> Any:
+        tensors = [x for x in (ids, positions, embeds) if x is not None]
+        rows.append(len(tensors[-1]))
+        with NoWaiting(tensors):
+            return original(self, ids, positions, embeds, *args)
+
+    monkeypatch.setattr(StagedDecoder, "__call__", watched)
+    staged.generate(asks_of_every_kind())
+    assert max(rows) > 1000
 
 
 def test_alike_images_are_reduced_together_as_if_alone(

@@ -116,9 +116,9 @@ def interpreted(module: str, *arguments: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_triton_attention(tmp_path: Path) -> None:
-    """vLLM's attention kernels for GPUs, through Triton's interpreter."""
-    run = interpreted("tests.engine.triton_on_cpu", str(tmp_path / "model"))
+def test_decode_graphs_with_triton_attention(tmp_path: Path) -> None:
+    """vLLM's attention kernels for GPUs, through Triton's interpreter, in simulated graphs."""
+    run = interpreted("tests.engine.graphs_on_cpu", str(tmp_path / "model"))
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
 

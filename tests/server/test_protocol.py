@@ -947,17 +947,33 @@ def test_stages_come_with_blocks_that_fit_into_an_image(
     assert args.hf_overrides == {"reduction_stages": [2, 4]}
 
 
+@pytest.mark.parametrize("blackwell", [False, True])
 @pytest.mark.parametrize(
-    ("flags", "backend"), [([], "TRITON_ATTN"), (["--attention-backend=FLASH_ATTN"], "FLASH_ATTN")]
+    ("flags", "eager", "graphs", "backend"),
+    [
+        ([], False, "FULL_DECODE_ONLY", None),
+        (["--enforce-eager"], True, None, None),
+        (["-cc.cudagraph_mode=PIECEWISE"], False, "PIECEWISE", None),
+        (["--attention-backend=FLASHINFER"], False, "FULL_DECODE_ONLY", "FLASHINFER"),
+    ],
 )
-def test_stages_on_a_gpu_come_with_what_they_are_known_to_work_with(
-    monkeypatch: pytest.MonkeyPatch, flags: list[str], backend: str
+def test_stages_on_a_gpu_set_what_they_need_and_was_not_said(
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    eager: bool,
+    graphs: str | None,
+    backend: str | None,
+    blackwell: bool,
 ) -> None:
-    """Another backend is refused by the model, with a message, not replaced."""
-    monkeypatch.setattr(type(current_platform), "is_cuda", lambda _: True)
+    """What is said and does not do is refused by the model, with a message, not replaced."""
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "is_cuda", lambda _: True)
+    monkeypatch.setattr(platform, "is_device_capability_family", lambda *_: blackwell)
     args = started_with_stages(monkeypatch, flags)
-    assert args.enforce_eager
-    assert getattr(args.attention_backend, "name", args.attention_backend) == backend
+    said = args.compilation_config.cudagraph_mode
+    assert args.enforce_eager == eager and (said.name if said is not None else None) == graphs
+    found = getattr(args.attention_backend, "name", args.attention_backend)
+    assert found == (backend or ("FLASH_ATTN" if blackwell else None))
 
 
 def test_stages_that_plain_vllm_would_not_have_stop_the_start() -> None:

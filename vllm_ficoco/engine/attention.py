@@ -9,14 +9,17 @@ many tokens less in the request's length, what is left is an ordinary request, f
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -27,6 +30,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheSpec, replace_as
 
 from vllm_ficoco.engine.checks import check_backend
+from vllm_ficoco.engine.gaps import Plan
 from vllm_ficoco.engine.kv import StageSpec
 
 
@@ -69,10 +73,57 @@ class Pattern(NamedTuple):
     """None where no row lies in a gap, as in every decode step."""
 
 
+def left_by_plans(
+    common: CommonAttentionMetadata, block_size: int, plans: Sequence[Plan | None], stage: int
+) -> Tensor:
+    """(rows,) on the host: which rows lie in no gap of their request, as its plan has it.
+
+    Args:
+        common: vLLM's. Its upper bounds of the lengths are exact where nothing is speculated.
+        block_size: of the stage.
+        plans: of the requests, in the order of the batch; None where nothing leaves.
+        stage: which one.
+    """
+    begin = common.query_start_loc_cpu.tolist()
+    ends = common.seq_lens_cpu_upper_bound.tolist()
+    left = torch.ones(begin[-1], dtype=torch.bool)
+    for plan, (first, end), length in zip(plans, pairwise(begin), ends, strict=True):
+        zero = first - (length - (end - first))  # the row that position 0 would have
+        for gap in plan.gaps[stage] if plan is not None else ():
+            rows = slice(
+                max(first, zero + gap.first * block_size),
+                max(first, min(end, zero + gap.end * block_size)),
+            )
+            left[rows] = False
+    return left
+
+
+def left_by_table(common: CommonAttentionMetadata, block_size: int, gap: Tensor) -> Tensor:
+    """The same, read on the device: the host waits for it.
+
+    Args:
+        common: vLLM's.
+        block_size: of the ids in the block table.
+        gap: (requests, width) bool, on the device.
+    """
+    start, length = common.query_start_loc.long(), common.seq_lens.long()
+    count = start[1:] - start[:-1]
+    rows = int(common.query_start_loc_cpu[-1])
+    requests = torch.arange(len(gap), device=gap.device)
+    request = requests.repeat_interleave(count, output_size=rows)
+    position = torch.arange(rows, device=gap.device) + (length - count - start[:-1])[request]
+    return ~gap[request, position // block_size].cpu()  # the host waits, here alone
+
+
 def pattern_of(
-    common: CommonAttentionMetadata, block_size: int, null_ids: int, lengths: Tensor
+    common: CommonAttentionMetadata,
+    block_size: int,
+    null_ids: int,
+    lengths: Tensor,
+    plans: Sequence[Plan | None] | None = None,
+    stage: int = 0,
 ) -> Pattern:
-    """Finds the gaps in a batch's block table. In a prefill the host waits for the device once.
+    """Finds the gaps in a batch's block table.
 
     Args:
         common: vLLM's.
@@ -80,35 +131,36 @@ def pattern_of(
         null_ids: ids below belong to the null block; more than one where a kernel's blocks are
             smaller than the allocator's.
         lengths: (requests,) buffer, used again in every step.
+        plans: of the requests, where the worker knows them (Model Runner V2). Without them the host
+            waits for the device once in a step with a prefill.
+        stage: of the layers, for the plans.
     """
     ids = common.block_table_tensor
     requests, width = ids.shape
-    length = common.seq_lens.long()
     block = torch.arange(width, device=ids.device)
-    used = block < -(-length // block_size)[:, None]
+    used = block < -(-common.seq_lens.long() // block_size)[:, None]
     # A row that starts with the null block is not a request: padding, or a dummy at start-up.
     gap = used & (ids < null_ids) & (ids[:, :1] >= null_ids)
     lengths = lengths[:requests]
-    lengths.copy_(length - gap.sum(1) * block_size)
+    lengths.copy_(common.seq_lens - gap.sum(1) * block_size)
     order = (gap | ~used).byte().argsort(dim=1, stable=True)
     if common.max_query_len <= 1:
         return Pattern(order, lengths, None)
-    start = common.query_start_loc.long()
-    count = start[1:] - start[:-1]
-    start_on_host = common.query_start_loc_cpu.long()
-    rows = int(start_on_host[-1])
-    request = torch.arange(requests, device=ids.device).repeat_interleave(count, output_size=rows)
-    position = torch.arange(rows, device=ids.device) + (length - count - start[:-1])[request]
-    left = ~gap[request, position // block_size].cpu()  # the host waits, here alone
+    if plans is None:
+        left = left_by_table(common, block_size, gap)
+    else:
+        left = left_by_plans(common, block_size * null_ids, plans, stage)
     index = left.nonzero()[:, 0]
-    if len(index) == rows:
+    if len(index) == len(left):
         return Pattern(order, lengths, None)
+    start = common.query_start_loc_cpu.long()
     left_before = torch.nn.functional.pad(left.cumsum(0), (1, 0))
-    starts_on_host = left_before[start_on_host].to(common.query_start_loc_cpu.dtype)
-    row, starts = (x.to(ids.device, non_blocking=True) for x in (index, starts_on_host))
+    starts_on_host = left_before[start].to(common.query_start_loc_cpu.dtype)
+    row, starts = (async_tensor_h2d(x, device=ids.device) for x in (index, starts_on_host))
     longest = int(starts_on_host.diff().max())
-    begin = start_on_host.tolist()
-    return Pattern(order, lengths, Left(index, row, starts_on_host, starts, longest, begin))
+    return Pattern(
+        order, lengths, Left(index, row, starts_on_host, starts, longest, start.tolist())
+    )
 
 
 def without_gaps(
@@ -141,20 +193,36 @@ def without_gaps(
     return new, Rows(left.index, new.slot_mapping, left.requests)
 
 
-@dataclass
-class Known:
-    """The last pattern of a stage, and for which step."""
+class Shared:
+    """What the groups of one stage's layers share in a step.
 
-    seq_lens: Tensor
-    """vLLM makes this tensor once a step, for all groups."""
-    pattern: Pattern
-    groups: set[int]
-    """Which groups' builders have asked for it. One that asks again is in another step."""
+    Finding a pattern takes some twenty small operations, building metadata up to three kernels, and
+    a stage can have many groups, which differ in their block tables and slots alone. All groups of
+    a stage have blocks of one size: the same rows run through all its layers.
+    """
 
+    def __init__(self) -> None:
+        self.lengths: Tensor | None = None
+        """(requests,) of the requests without their gaps. CUDA graphs remember where it lies."""
+        self._seq_lens: Tensor | None = None
+        self._asked: set[int] = set()
+        self.pattern: Pattern | None = None
+        self.metadata: Any = None
+        """Of the group that came first in this step."""
 
-KNOWN: dict[int, Known] = {}
-"""By stage, in a worker's process: finding a pattern takes some twenty small operations, and a wait
-in a prefill, and a stage can have many groups."""
+    def is_new_step(self, builder: object, seq_lens: Tensor) -> bool:
+        """Whether a group's builder is the first one in a step.
+
+        Args:
+            builder: one that asks again is in another step.
+            seq_lens: vLLM makes this tensor once a step, for all groups.
+        """
+        new = self._seq_lens is not seq_lens or id(builder) in self._asked
+        if new:
+            self._seq_lens, self._asked = seq_lens, set()
+            self.pattern = self.metadata = None
+        self._asked.add(id(builder))
+        return new
 
 
 @functools.cache
@@ -166,40 +234,59 @@ def stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         """Builds the base's metadata from a batch without gaps."""
 
         supports_update_block_table = False  # … past build(), which must see every table
+        requires_block_table_width = True
+        takes_plans = True
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            scheduler = self.vllm_config.scheduler_config
-            self.lengths = torch.zeros(
-                scheduler.max_num_seqs, dtype=torch.int32, device=self.device
-            )
-            self.table = self.lengths[:, None][:, :0]
+        def __init__(
+            self,
+            kv_cache_spec: Any,
+            layer_names: list[str],
+            vllm_config: VllmConfig,
+            device: torch.device,
+            *,
+            block_table_width: int,
+            **kwargs: Any,
+        ) -> None:
+            if builder.requires_block_table_width:
+                kwargs["block_table_width"] = block_table_width
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
+            layers = vllm_config.compilation_config.static_forward_context
+            self.shared: Shared = layers[layer_names[0]].shared
+            # CUDA graphs remember where these are, so they are made once.
+            most = vllm_config.scheduler_config.max_num_seqs
+            self.table = torch.zeros(most, block_table_width, dtype=torch.int32, device=device)
+            if self.shared.lengths is None:
+                self.shared.lengths = torch.zeros(most, dtype=torch.int32, device=device)
 
         @classmethod
-        def get_cudagraph_support(cls, *_: Any) -> AttentionCGSupport:
-            return AttentionCGSupport.NEVER
+        def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
+            # A prefill has rows less in a stage, by its images: no graph of all rows is right.
+            most = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+            return min(super().get_cudagraph_support(*args), most, key=lambda s: s.value)
 
         def build(
             self,
             common_prefix_len: int,
             common_attn_metadata: CommonAttentionMetadata,
             fast_build: bool = False,
+            plans: Sequence[Plan | None] | None = None,
         ) -> Any:
             size = self.kv_cache_spec.block_size
             split = max(1, self.vllm_config.cache_config.block_size // size)
-            ids = common_attn_metadata.block_table_tensor
-            if self.table.shape[1] < ids.shape[1] or len(self.table) < len(ids):
-                self.table = ids.new_zeros(max(len(self.lengths), len(ids)), ids.shape[1])
-                self.lengths = self.lengths.new_zeros(len(self.table))
-            stage, lens = self.kv_cache_spec.stage, common_attn_metadata.seq_lens
-            known = KNOWN.get(stage)
-            if known is None or known.seq_lens is not lens or id(self) in known.groups:
-                pattern = pattern_of(common_attn_metadata, size, split, self.lengths)
-                known = KNOWN[stage] = Known(lens, pattern, set())
-            known.groups.add(id(self))
-            common, rows = without_gaps(common_attn_metadata, known.pattern, self.table)
-            # A shared prefix may lie over a gap; without that hint kernels are as right.
-            metadata = super().build(0, common, fast_build)
+            shared = self.shared
+            assert shared.lengths is not None
+            stage = self.kv_cache_spec.stage
+            if shared.is_new_step(self, common_attn_metadata.seq_lens) or shared.pattern is None:
+                shared.pattern = pattern_of(
+                    common_attn_metadata, size, split, shared.lengths, plans, stage
+                )
+            common, rows = without_gaps(common_attn_metadata, shared.pattern, self.table)
+            if shared.metadata is None:
+                # A shared prefix may lie over a gap; without that hint kernels are as right.
+                shared.metadata = super().build(0, common, fast_build)
+            metadata = copy(shared.metadata)
+            metadata.block_table = common.block_table_tensor
+            metadata.slot_mapping = common.slot_mapping
             metadata.ficoco_rows = rows
             return metadata
 
@@ -248,14 +335,20 @@ class StageAttention(Attention):
     """vLLM's attention layer, which knows its stage; made from one by :func:`enter_stage`."""
 
     stage: int
+    shared: Shared
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)
         return replace_as(spec, StageSpec, stage=self.stage)
 
 
-def enter_stage(attention: Attention, stage: int) -> None:
+def enter_stage(attention: Attention, stage: int, shared: Shared) -> None:
     """Puts an attention layer into a stage.
+
+    Args:
+        attention: vLLM's, finished.
+        stage: its number.
+        shared: one object for all layers of the stage.
 
     vLLM's models build their layers themselves and take no class for the attention within them,
     so the class is changed on the finished layer; it adds no state but the stage.
@@ -265,6 +358,6 @@ def enter_stage(attention: Attention, stage: int) -> None:
     """
     check_backend(attention.attn_backend.get_name())
     attention.__class__ = StageAttention
-    attention.stage = stage
+    attention.stage, attention.shared = stage, shared
     if stage:
         attention.attn_backend = stage_backend(attention.attn_backend)

@@ -17,10 +17,10 @@ SCHEDULER = "vllm_ficoco.engine.scheduler.make_scheduler"
 DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 """``model_type`` of the text models whose layers :mod:`vllm_ficoco.engine.decoder` knows."""
 
-BACKENDS = ("CPU_ATTN", "TRITON_ATTN")
-"""Attention backends that the tests run on, the second one through Triton's interpreter.
-Another one must go by the block table and by the lengths on the device: on the host there are only
-upper bounds (FlashInfer takes them as exact)."""
+BACKENDS = ("CPU_ATTN", "TRITON_ATTN", "FLASH_ATTN")
+"""Attention backends that go by the block table and by the lengths on the device. On the host there
+are only upper bounds, which FlashInfer takes as exact. The tests run the first two, the second one
+through Triton's interpreter."""
 
 
 class StagesError(ValueError):
@@ -122,6 +122,7 @@ def _problems(config: VllmConfig) -> Iterator[str]:
             f"need --block-size {(tokens + 1) // 2} or less, not {block}: they leave out whole KV "
             f"blocks, and the {tokens} tokens of an image need not hold one"
         )
+    graphs = config.compilation_config.cudagraph_mode
     refused: dict[str, Any] = {
         "a threshold for long prefills": scheduler.long_prefill_token_threshold > 0,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
@@ -133,8 +134,8 @@ def _problems(config: VllmConfig) -> Iterator[str]:
         "KV connectors": config.kv_transfer_config,
         "KV events": config.kv_events_config and config.kv_events_config.enable_kv_cache_events,
         "encoder connectors": config.ec_transfer_config,
-        "CUDA graphs (give cudagraph_mode NONE, which still compiles, or --enforce-eager)": (
-            config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+        "CUDA graphs of prefills (give cudagraph_mode FULL_DECODE_ONLY)": (
+            graphs is not None and graphs.mixed_mode() != CUDAGraphMode.NONE
         ),
         "torch.compile of the whole model": (
             config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE

@@ -21,8 +21,9 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.sequence import IntermediateTensors
+from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_ficoco.engine.attention import Rows, enter_stage, watch_keys
+from vllm_ficoco.engine.attention import Rows, Shared, enter_stage, watch_keys
 from vllm_ficoco.engine.visual import Leaving, VisualTokens
 from vllm_ficoco.methods.decoding import DecoderEvidence
 from vllm_ficoco.methods.paradigm import EVIDENCE_BYTES, DecoderPart, Steps, Tokens, reduce
@@ -168,8 +169,9 @@ class StagedDecoder:
         self.names: list[list[str]] = []
         for number, (first, end) in enumerate(pairwise(edges)):
             layers = model.layers[first:end]
+            shared = Shared()
             for layer in layers:
-                enter_stage(layer.self_attn.attn, number)
+                enter_stage(layer.self_attn.attn, number, shared)
             self.names.append([layer.self_attn.attn.layer_name for layer in layers])
             with set_model_tag(f"stage{number}"):  # names vLLM's folder of compiled pieces
                 self.stages.append(stage_layers(number)(vllm_config=vllm_config, layers=layers))
@@ -267,7 +269,7 @@ class StagedDecoder:
         if index is None:
             return hidden
         return hidden.new_zeros(total, hidden.shape[1]).index_copy_(
-            0, index.to(hidden.device, non_blocking=True), hidden
+            0, async_tensor_h2d(index, device=hidden.device), hidden
         )
 
     def _rows_by_stage(self, metadata: Any) -> list[Rows | None]:

@@ -22,9 +22,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_ficoco import schedule
 from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.engine.encoder import TowerBudget
-from vllm_ficoco.engine.gaps import Plan, Run
+from vllm_ficoco.engine.gaps import Plan
 from vllm_ficoco.engine.kv import GapManager, PlannedHashes
-from vllm_ficoco.packed import packed_of
+from vllm_ficoco.engine.plans import plan_of
 from vllm_ficoco.vision.geometry import geometry_of
 
 logger = init_logger(__name__)
@@ -117,27 +117,14 @@ class _Planning:
         Its prefix hashes are made such that its blocks are found by requests that reduce alike,
         and by no other.
         """
-        runs, keep, settings = [], [], []
-        for feature in request.mm_features or ():
-            reduction, layout, _ = packed_of(feature.data)
-            place = feature.mm_position
-            runs.append(Run(place.offset, place.offset + place.length))
-            keep.append(
-                self.geometry.held(reduction, layout=layout)[1:]
-                if reduction is not None
-                else [place.length] * len(self.geometry.starts)
-            )
-            settings.append(reduction)
-        parts = [r.spec.decoder for r in settings if r is not None and r.spec.decoder is not None]
-        if not parts:
-            return None
-        plan = Plan.of(
-            runs,
-            keep,
-            self.managers[0].block_size,
+        plan = plan_of(
+            request.mm_features,
             request.num_prompt_tokens,
-            any(part.looks_at_question for part in parts),
+            self.geometry,
+            self.managers[0].block_size,
         )
+        if plan is None:
+            return None
         salt = _salt(request, plan)
         if salt:
             request.cache_salt = f"{request.cache_salt or ''}|{salt}"

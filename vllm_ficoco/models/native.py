@@ -304,10 +304,7 @@ class NativeModel(ReducingModel):
             )
         return tokens
 
-    @staticmethod
-    def get_model_state_cls() -> type[PlacedState]:
-        """For Model Runner V2."""
-        return PlacedState
+    state_cls = PlacedState
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]

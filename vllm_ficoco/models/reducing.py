@@ -21,6 +21,7 @@ from vllm.distributed import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.sequence import IntermediateTensors
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_ficoco.methods.paradigm import on_device
 from vllm_ficoco.packed import Packed
@@ -88,6 +89,17 @@ class ReducingModel:
         rows = torch.nn.functional.normalize(rows, dim=-1)
         by_image = rows.split([len(image.question) for image in images])
         return torch.stack([own.mean(0) if len(own) else none for own in by_image])
+
+    state_cls: Any = DefaultModelState
+    """Of Model Runner V2."""
+
+    def get_model_state_cls(self) -> Any:
+        """For Model Runner V2: what it knows of the model's requests."""
+        if self.staged_decoder is None:
+            return self.state_cls
+        from vllm_ficoco.engine.state import staged
+
+        return staged(self.state_cls)
 
     def embed_input_ids(
         self,
