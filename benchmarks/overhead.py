@@ -41,7 +41,7 @@ from engines import (
 )
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.models.config import ENCODER_CACHE_MANAGER
-from vllm_ficoco.schedule import groups, spans
+from vllm_ficoco.schedule import parts, spans
 
 BUDGETS = (192, 64)
 REQUESTS = 32
@@ -156,7 +156,7 @@ def stages(folder: Path, rounds: int, requests: int) -> None:
     for i, (starts, name) in enumerate(zip(layouts, names, strict=True)):
         ratios = sorted(row[i] / row[0] for row in times)
         print(
-            f"| {name or 'none'} | {sum(groups(spans(starts, 32)))} | "
+            f"| {name or 'none'} | {len(parts(spans(starts, 32), 32, packed=False))} | "
             f"{1000 * statistics.median(row[i] for row in times):.2f} | "
             f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) |"
         )

@@ -168,8 +168,9 @@ class StagedDecoder:
         self.names: list[list[str]] = []
         for number, (first, end) in enumerate(pairwise(edges)):
             layers = model.layers[first:end]
-            for layer in layers:
-                enter_stage(layer.self_attn.attn, number)
+            for place, layer in enumerate(layers, start=first):
+                block_size = vllm_config.cache_config.block_size
+                enter_stage(layer.self_attn.attn, place, geometry.spans, block_size)
             self.names.append([layer.self_attn.attn.layer_name for layer in layers])
             with set_model_tag(f"stage{number}"):  # names vLLM's folder of compiled pieces
                 self.stages.append(stage_layers(number)(vllm_config=vllm_config, layers=layers))
