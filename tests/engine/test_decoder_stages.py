@@ -220,12 +220,17 @@ def test_alike_images_are_reduced_together_as_if_alone(
         assert {*at_once[2:]} <= {3}, f"{method}: fewer tokens, for which there is room"
 
 
-def check(engine: Engine, reference: ReferenceLlava, asks: Sequence[Ask]) -> Kept:
+def check(
+    engine: Engine,
+    reference: ReferenceLlava,
+    asks: Sequence[Ask],
+    stages: Sequence[int] = STAGES,
+) -> Kept:
     """All in one batch: tokens, first logits, and every block back; what the reference kept."""
     free = engine.free_blocks
     kept: Kept = []
     for ask, output in zip(asks, engine.generate(asks), strict=True):
-        truth = expected(reference, ask, engine.block)
+        truth = expected(reference, ask, engine.block, stages)
         kept += [(layer, places) for (layer, _), places in truth.kept.items()]
         assert list(output.outputs[0].token_ids) == truth.tokens, ask
         given = output.outputs[0].logprobs[0]
