@@ -44,30 +44,98 @@ def attend_with_triton() -> None:
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]  # of a tile's size
 
 
+STARTS = [1, 5]
+"""Of seven layers: stages of one, four and two."""
+
+
 def main(folder: Path) -> None:
-    """Prefill, decode and both in a step, unreduced, pruned and merged, with GPUs' small blocks."""
+    """Prefill, decode and both in a step, unreduced, pruned and merged, with GPUs' small blocks.
+
+    In few KV cache groups, as on GPUs: blocks of 32 tokens of the first layer, and of 16 tokens of
+    two layers each of the others.
+    """
     from tests.checkpoints import random_llava
     from tests.engine.conftest import Ask, make_engine
-    from tests.engine.test_decoder_stages import FIRST_LOGITS, STAGED, check, wish
+    from tests.engine.test_decoder_stages import (
+        FIRST_LOGITS,
+        LONG,
+        STAGED,
+        check_output,
+        expected,
+        held_by_stage,
+        wish,
+    )
     from tests.reference.llava import ReferenceLlava
 
+    class NextTurn(Ask):
+        """Goes on where an earlier request and its answer end."""
+
+        @property
+        def prompt(self) -> str:
+            return f"{super().prompt} red USER: star ? ASSISTANT:"
+
+    def ask(cls: type[Ask], tokens: int, *args: Any) -> Ask:
+        return cls(*args, {**FIRST_LOGITS, "max_tokens": tokens})
+
     attend_with_triton()
-    checkpoint = random_llava(folder, decoder_layers=6)
-    asks = [
-        Ask(),
-        Ask([2], [wish("ficoco-l", 80, 48, 16)]),
-        Ask([3], [wish("k-norm", 50, 20, 0)]),
-    ]
-    asks = [
-        Ask(a.images, a.settings, a.question, {**FIRST_LOGITS, "max_tokens": 2 + number})
-        for number, a in enumerate(asks)
-    ]
-    options = {**STAGED, "block_size": 16, "max_num_seqs": 2}
-    options["num_gpu_blocks_override"] = 400  # the interpreter copies the cache at each launch
+    checkpoint = random_llava(folder, decoder_layers=7)
+    reference = ReferenceLlava(str(checkpoint))
+    pruned = ([3], [wish("k-norm", 50, 0)], LONG + 11 * " red")
+    asks = {
+        "text": ask(Ask, 2, [], [], "what color is the circle ?"),
+        "merged": ask(Ask, 3, [2], [wish("ficoco-l", 80, 16)], "what color is the circle ?"),
+        "pruned": ask(Ask, 5, *pruned),
+    }
+    options = {
+        **STAGED,
+        "hf_overrides": {"reduction_stages": STARTS},
+        "block_size": 16,
+        "max_num_seqs": 4,
+        "max_model_len": 224,
+        "num_gpu_blocks_override": 50,  # all prompts, but not all answers
+    }
     with contextmanager(make_engine)(checkpoint, **options) as engine:
         layer = engine.model.language_model.model.layers[-1].self_attn.attn
         assert layer.impl.__class__.__name__ == "TritonAttentionImpl"
-        check(engine, ReferenceLlava(str(checkpoint)), asks)
+        parts = [(0, 1, 32), (1, 2, 16), (1, 2, 16), (2, 2, 16)]
+        assert engine.scheduler.parts == parts
+        check_report(engine)
+        free, preempted = engine.free_blocks, engine.watch_preemptions()
+        for name, request in asks.items():
+            engine.add(request, name)
+        engine.llm.llm_engine.step()
+        # 8, 152 and 192 tokens, the image at 2 to 146: of 80, 16, 50 and 0 tokens of it, those in
+        # blocks that text has a part in stay in any case.
+        held = {
+            "text": {0: {1}, 1: {1}, 2: {1}},
+            "merged": {0: {5}, 1: {6}, 2: {2}},
+            "pruned": {0: {6}, 1: {7}, 2: {4}},
+        }
+        for name, blocks in held.items():
+            assert held_by_stage(engine, name) == blocks, name
+        assert free - engine.free_blocks == 4 + 19 + 24
+        outputs = engine.finished()
+        for name, request in asks.items():
+            truth = expected(reference, request, engine.block, STARTS)
+            check_output(truth, request, outputs[name])
+        assert any(preempted), "the first block behind the longest prompt did not fit"
+        assert engine.free_blocks == free and not engine.scheduler.plans
+        again = ask(NextTurn, 2, *pruned)
+        (output,) = engine.generate([again])
+        assert output.num_cached_tokens == 192, "whole blocks of 32, of a prompt of 197"
+        check_output(expected(reference, again, engine.block, STARTS), again, output)
+
+
+def check_report(engine: Any) -> None:
+    """The front end reports the groups that the engine has."""
+    from ficoco_server.policy import Policy
+    from ficoco_server.reducer import Reducer
+
+    llm = engine.llm.llm_engine
+    reducer = Reducer(llm.vllm_config, Policy(), llm.renderer.mm_processor, 0)
+    assert reducer.parts == engine.scheduler.parts
+    about = reducer.describe()["model"]
+    assert about["kv_block_sizes"] == [32, 16, 16] and about["kv_cache_groups"] == [1, 2, 1]
 
 
 if __name__ == "__main__":
