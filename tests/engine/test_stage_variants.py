@@ -117,7 +117,7 @@ def interpreted(module: str, *arguments: str) -> subprocess.CompletedProcess[str
 
 
 def test_triton_attention(tmp_path: Path) -> None:
-    """vLLM's attention kernels for GPUs, through Triton's interpreter."""
+    """vLLM's attention kernels for GPUs, through Triton's interpreter, in few KV cache groups."""
     run = interpreted("tests.engine.triton_on_cpu", str(tmp_path / "model"))
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
