@@ -7,8 +7,10 @@ from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -17,11 +19,17 @@ from vllm.v1.attention.backends.utils import (
     resolve_kv_cache_layout,
 )
 from vllm.v1.core import kv_cache_utils as vllm_groups
+from vllm.v1.engine import EngineCoreReadyResponse
+from vllm.v1.engine.core_client import MPClient
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from ficoco_server.policy import Policy
+from ficoco_server.reducer import Reducer
 from vllm_ficoco import schedule
 from vllm_ficoco.engine import attention
 from vllm_ficoco.engine.attention import enter_stage
+from vllm_ficoco.engine.checks import SCHEDULER
+from vllm_ficoco.tiny_llava import CHECKPOINT
 
 SPEC = FullAttentionSpec(block_size=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
 GPU = [AttentionBackendEnum.TRITON_ATTN.get_class(), AttentionBackendEnum.FLASH_ATTN.get_class()]
@@ -100,3 +108,39 @@ def test_a_layout_that_the_user_asks_for_stays(monkeypatch: pytest.MonkeyPatch) 
     assert len(made(GPU[0], (2, 22), monkeypatch)[0]) == 16
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "BLHNC")
     assert len(made(GPU[0], (2, 22), monkeypatch)[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("said", "sizes", "groups"), [(32, [32, 32], [1, 2]), (None, [64, 32], [1, 1])]
+)
+def test_the_front_end_reports_what_the_engine_has(
+    said: int | None, sizes: list[int], groups: list[int]
+) -> None:
+    """Another process, which the engine tells whether its groups have one block size."""
+    config = EngineArgs(
+        model=str(CHECKPOINT),
+        max_model_len=512,
+        block_size=32,
+        scheduler_cls=SCHEDULER,
+        hf_overrides={"reduction_stages": [2]},
+    ).create_engine_config()
+    fields = dict.fromkeys(EngineCoreReadyResponse.__annotations__, 1) | {
+        **dict.fromkeys(("dp_stats_address", "kv_events_config", "weight_transfer_backend")),
+        **dict.fromkeys(("dtype", "vllm_version", "instance_id"), ""),
+        **dict.fromkeys(
+            ("supports_lora", "enable_sleep_mode", "supports_draft_weight_updates"), False
+        ),
+        "max_model_len": 512,
+        "block_size": 32,
+        "effective_attention_block_size": said,
+    }
+    client = MPClient.__new__(MPClient)
+    client.vllm_config, client._effective_attention_block_sizes = config, set()
+    client._apply_ready_response(msgspec.msgpack.encode(EngineCoreReadyResponse(**fields)))
+    reducer = Reducer(config, Policy(), None, 0)
+    about = reducer.describe()["model"]
+    assert (about["kv_block_sizes"], about["kv_cache_groups"]) == (sizes, groups)
+    # Of 144 tokens in the first two layers and 80 in the other four: two blocks of 32 in each.
+    image = {"method": "fastv", "visual_tokens_before": 144, "visual_tokens_kept": 101}
+    (left,) = reducer.prefilled({"images": [image | {"visual_tokens_by_stage": [144, 80]}]})
+    assert left.blocks_saved == 2 * groups[1]
