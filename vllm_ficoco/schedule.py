@@ -192,7 +192,7 @@ FIRST_BLOCK = 80
 """Tokens that a KV block of the first stage may have. Prefix hits end at its multiples."""
 
 GROUP = Fraction(1, 200)
-"""The share of the KV cache that one group less is worth; about what it costs of a decode step."""
+"""The share of the KV cache that one group less is worth: about as much as of a decode step."""
 
 
 class Part(NamedTuple):
