@@ -172,9 +172,10 @@ class StagedDecoder:
         self.names: list[list[str]] = []
         for number, (first, end) in enumerate(pairwise(edges)):
             layers = model.layers[first:end]
-            shared = Shared()
-            for layer in layers:
-                enter_stage(layer.self_attn.attn, number, shared)
+            shared, block_size = Shared(), vllm_config.cache_config.block_size
+            for place, layer in enumerate(layers, start=first):
+                attention = layer.self_attn.attn
+                enter_stage(attention, place, geometry.spans, block_size, shared)
             self.names.append([layer.self_attn.attn.layer_name for layer in layers])
             with set_model_tag(f"stage{number}"):  # names vLLM's folder of compiled pieces
                 self.stages.append(stage_layers(number)(vllm_config=vllm_config, layers=layers))
