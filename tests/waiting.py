@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class NoWaiting(TorchDispatchMode):
@@ -50,6 +51,20 @@ class NoWaiting(TorchDispatchMode):
             for index in args[1]:
                 assert index is None or index.dtype not in (torch.bool, torch.uint8), func.name()
         return func(*args, **(kwargs or {}))
+
+
+class NothingFromTheHost(NoWaiting):
+    """Refuses what a CUDA graph cannot hold, of code that is given tensors of the device "meta".
+
+    The memory of the host from which something is copied may be gone when the graph is replayed.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        for x in tree_leaves((args, kwargs, result)):
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu":
+                raise AssertionError(f"{func.name()} has something from the host")
+        return result
 
 
 def _refuse(name: str) -> Any:
