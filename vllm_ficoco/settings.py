@@ -245,6 +245,31 @@ class Reduction(BaseModel):
         return self.spec.options.model_validate(self.options)
 
 
+def declared(text: str) -> tuple[str, Fraction | int]:
+    """What is reduced in CUDA graphs: a method and a budget, a number or a share of the tokens.
+
+    Args:
+        text: ``score@64`` or ``score@1/9``; the method's options are the default ones.
+
+    Raises:
+        ValueError: it is not that; says what is allowed.
+    """
+    method, _, budget = text.partition("@")
+    able = [n for n, spec in METHODS.items() if spec.fits_a_graph and n != NO_REDUCTION]
+    if method not in able:
+        raise ValueError(
+            "METHOD@TOKENS, as in score@64 or score@1/9, with one of the methods "
+            f"{', '.join(able)} (others read the question or have a part in the decoder)"
+        )
+    if budget.isdecimal() and 1 <= int(budget) <= MAX_BUDGET:
+        return method, int(budget)
+    try:
+        return method, schedule.rung(budget)
+    except ValueError:
+        words = f"a whole number from 1 to {MAX_BUDGET} or a share such as 1/9"
+        raise ValueError(f"METHOD@TOKENS with {words} behind the @") from None
+
+
 class Waiting(Reduction):
     """A budget that waits for the image. A server makes them, or clients with the word ``auto``."""
 

@@ -16,6 +16,7 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor
 
+from vllm_ficoco.models.encoder_graphs import EncoderGraphs
 from vllm_ficoco.models.layered import LayeredModel
 from vllm_ficoco.models.processing import ReducingProcessor
 
@@ -42,5 +43,7 @@ def _processor(
     info=_build_llava_or_pixtral_hf_info,
     dummy_inputs=LlavaDummyInputsBuilder,
 )
-class ReducingLlavaForConditionalGeneration(LayeredModel, LlavaForConditionalGeneration):
+class ReducingLlavaForConditionalGeneration(
+    LayeredModel, LlavaForConditionalGeneration, EncoderGraphs
+):
     """vLLM's LLaVA with a visual token budget per image."""

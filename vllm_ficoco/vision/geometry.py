@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,11 +12,14 @@ from vllm_ficoco import schedule
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.methods.paradigm import NEEDS, Method, Need
 from vllm_ficoco.schedule import Stage
-from vllm_ficoco.settings import Reduction, SettingsError
+from vllm_ficoco.settings import Reduction, SettingsError, declared
 from vllm_ficoco.vision.layout import Layout, Window
 
 STAGES_KEY = "reduction_stages"
 """Of a model's configuration: see :func:`decoder_stages`."""
+
+GRAPHS_KEY = "reduction_graphs"
+"""Of a model's configuration: see :func:`graphed`."""
 
 
 class UnsupportedModel(ValueError):
@@ -462,3 +466,28 @@ def decoder_stages(config: Any) -> tuple[int, ...]:
             "later"
         )
     return tuple(starts)
+
+
+def graphed(config: Any, geometry: Geometry) -> dict[str, Reduction]:
+    """By name, the settings with which images of LLaVA-1.5 run in CUDA graphs of the tower.
+
+    They are said as :func:`decoder_stages` are, as a list of what :func:`settings.declared` reads.
+    Those that reduce nothing here are left out, and those that this tower cannot follow.
+
+    Raises:
+        ValueError: what is said is something else.
+    """
+    said, found = getattr(config, GRAPHS_KEY, ()), {}
+    if isinstance(said, str):
+        said = said.split(",")
+    for text in said:
+        try:
+            method, rung = declared(text.strip())
+        except ValueError as error:
+            raise ValueError(f"{text!r} in {GRAPHS_KEY} is not valid: it must be {error}") from None
+        (budget,) = schedule.ladder(geometry.tokens, [rung])
+        reduction = Reduction(method=method, budget=budget)
+        with suppress(SettingsError):
+            if geometry.parts(reduction):
+                found[f"{method}@{budget}"] = reduction
+    return found
