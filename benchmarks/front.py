@@ -17,10 +17,8 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -55,20 +53,18 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         where = ["--host=127.0.0.1", f"--port={port}", "--enforce-eager", "--dtype=float32"]
-        self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, "-m", *command, *where],
             env={**os.environ, **environment},
-            stdout=self.log,
-            stderr=self.log,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
 
     def wait(self) -> None:
         """Until it answers."""
         for _ in range(600):
             if self.process.poll() is not None:
-                self.log.seek(0)
-                raise SystemExit(self.log.read()[-4000:].decode(errors="replace"))
+                raise SystemExit(f"it ended: {' '.join(map(str, self.process.args))}")
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{self.url}/health").is_success:
                     return
@@ -89,7 +85,7 @@ class Server:
 
 
 def pictures(seed: int, size: tuple[int, int], form: str) -> list[str]:
-    """Unseen images of soft shapes and some grain, which are coded about as large as photographs."""
+    """Unseen images of soft shapes and some grain, coded about as large as photographs."""
     generator = np.random.default_rng(seed)
     urls = []
     for _ in range(REQUESTS):
