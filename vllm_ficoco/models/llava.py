@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from transformers import BatchFeature
 from vllm.model_executor.models.llava import (
     BaseLlavaProcessingInfo,
     LlavaDummyInputsBuilder,
@@ -23,6 +28,22 @@ from vllm_ficoco.models.processing import ReducingProcessor
 
 class ReducingLlavaProcessor(ReducingProcessor, LlavaMultiModalProcessor):
     """LLaVA with a CLIP or SigLIP tower."""
+
+    @cached_property
+    def _plain_images(self) -> Any:
+        """The image processor, where nobody has set an option of it."""
+        set_by_server = self.info.ctx.get_mm_config().mm_processor_kwargs
+        return None if set_by_server else self.info.get_hf_processor().image_processor
+
+    def _call_hf_processor(
+        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        """As vLLM's, whose Hugging Face processor merges options, writes a text with all
+        placeholders and tokenizes it. vLLM needs the pixels alone: the same, from the same code."""
+        if hf_kwargs or self._plain_images is None:
+            return super()._call_hf_processor(hf_data, hf_kwargs)
+        images = {"images": hf_data["images"]}
+        return self.info.ctx.call_hf_processor(self._plain_images, images)
 
 
 class ReducingPixtralProcessor(ReducingProcessor, PixtralHFMultiModalProcessor):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -228,30 +229,7 @@ class Geometry(NamedTuple):
         Raises:
             SettingsError: the method cannot reach the budget in this tower, or as :meth:`held`.
         """
-        layout = layout or self.layout
-        active = reduction.for_tokens(layout.sent)
-        if active is None:
-            return []
-        into_decoder = self.held(active, field, layout)[0]
-        if into_decoder >= layout.tokens or active.spec.place == "input":
-            return []
-        if active.keeps_newlines and not layout.is_tiled:
-            raise SettingsError(
-                _beside(field, "options.newlines"),
-                "all",
-                "left out or 'none': images have no newline tokens in this model",
-            )
-        try:
-            return _plan(self, layout, active, into_decoder)
-        except ValueError as error:
-            allowed, value = str(error), active.budget
-            if layout.is_tiled:  # what a tile needs says little: name what the image needs
-                smallest = self._smallest(active, into_decoder, layout)
-                allowed = f"at least {smallest} for an image of {layout.tokens} visual tokens"
-            if active.budget is None:
-                field, value = _beside(field, "options.tokens"), active.options["tokens"]
-                allowed = f"numbers of which the first is {allowed}"
-            raise SettingsError(field, value, allowed) from None
+        return [*_parts(self, reduction, field, layout or self.layout)]
 
     def _smallest(self, reduction: Reduction, below: int, layout: Layout) -> int:
         """What an image needs: the smallest budget that can be kept; where none is given, the
@@ -302,9 +280,7 @@ class Geometry(NamedTuple):
             SettingsError: as :meth:`parts`.
         """
         layout = layout or self.layout
-        if reduction is None or not (plans := self.parts(reduction, field, layout)):
-            return layout.tokens
-        return sum(plan.keep for plan in plans) + self.newlines_kept(reduction, layout)
+        return layout.tokens if reduction is None else _kept(self, reduction, field, layout)
 
     def newlines_kept(self, reduction: Reduction, layout: Layout) -> int:
         """Newline tokens of a reduced image that enter the decoder.
@@ -313,6 +289,45 @@ class Geometry(NamedTuple):
         larger than the number of patches.
         """
         return _newlines(reduction, layout, self.held(reduction, layout=layout)[0])
+
+
+@lru_cache(maxsize=4096)
+def _kept(geometry: Geometry, reduction: Reduction, field: str, layout: Layout) -> int:
+    """As :meth:`Geometry.kept`, which a request asks half a dozen times."""
+    plans = _parts(geometry, reduction, field, layout)
+    if not plans:
+        return layout.tokens
+    return sum(plan.keep for plan in plans) + geometry.newlines_kept(reduction, layout)
+
+
+@lru_cache(maxsize=4096)
+def _parts(
+    geometry: Geometry, reduction: Reduction, field: str, layout: Layout
+) -> Sequence[PartPlan]:
+    """As :meth:`Geometry.parts`."""
+    active = reduction.for_tokens(layout.sent)
+    if active is None:
+        return []
+    into_decoder = geometry.held(active, field, layout)[0]
+    if into_decoder >= layout.tokens or active.spec.place == "input":
+        return []
+    if active.keeps_newlines and not layout.is_tiled:
+        raise SettingsError(
+            _beside(field, "options.newlines"),
+            "all",
+            "left out or 'none': images have no newline tokens in this model",
+        )
+    try:
+        return _plan(geometry, layout, active, into_decoder)
+    except ValueError as error:
+        allowed, value = str(error), active.budget
+        if layout.is_tiled:  # what a tile needs says little: name what the image needs
+            smallest = geometry._smallest(active, into_decoder, layout)
+            allowed = f"at least {smallest} for an image of {layout.tokens} visual tokens"
+        if active.budget is None:
+            field, value = _beside(field, "options.tokens"), active.options["tokens"]
+            allowed = f"numbers of which the first is {allowed}"
+        raise SettingsError(field, value, allowed) from None
 
 
 def _newlines(reduction: Reduction, layout: Layout, count: int) -> int:
