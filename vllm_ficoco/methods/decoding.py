@@ -107,7 +107,7 @@ class DecoderEvidence(Remembering):
             queries = queries.unflatten(1, (-1, shared)).flatten(2, 3)
             products = (queries @ keys.transpose(-1, -2)).unflatten(2, (shared, rows)).flatten(1, 2)
             if hidden is not None:
-                products = products.masked_fill(hidden, -torch.inf)
+                products.masked_fill_(hidden, -torch.inf)
             total = total + products.softmax(-1).sum(1)
         return self.sum_over_ranks(total) / self.heads
 
