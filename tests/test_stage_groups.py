@@ -27,7 +27,7 @@ from ficoco_server.policy import Policy
 from ficoco_server.reducer import Reducer
 from vllm_ficoco import schedule
 from vllm_ficoco.engine import attention
-from vllm_ficoco.engine.attention import enter_stage
+from vllm_ficoco.engine.attention import Shared, enter_stage
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.tiny_llava import CHECKPOINT
 
@@ -46,7 +46,7 @@ def made(
     for number in range(32):
         layer = Attention.__new__(Attention)
         layer.attn_backend = backend
-        enter_stage(layer, number, spans, SPEC.block_size)
+        enter_stage(layer, number, spans, SPEC.block_size, Shared())
         layers.append(layer)
     cache = SimpleNamespace(
         kv_cache_layout=None,
