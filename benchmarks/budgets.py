@@ -53,7 +53,7 @@ from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.engine.gaps import Plan, Run, held_of
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.packed import packed_of
-from vllm_ficoco.schedule import groups
+from vllm_ficoco.schedule import parts
 from vllm_ficoco.settings import NO_REDUCTION, Reduction, SettingsError
 from vllm_ficoco.vision.geometry import Geometry, geometry_of
 from vllm_ficoco.vision.layout import Layout
@@ -197,7 +197,7 @@ class Probe:
 
     @property
     def block_bytes(self) -> float:
-        """Of one entry of the pool: the layers of a group, all groups having equally many."""
+        """Of one entry of the pool: what the largest group needs."""
         groups = self.scheduler.kv_cache_config.kv_cache_groups
         return max(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in groups)
 
@@ -206,7 +206,8 @@ class Probe:
         request = next(iter(self.scheduler.requests.values()))
         place = request.mm_features[0].mm_position
         run = Run(place.offset, place.offset + place.length)
-        prompt, size = request.num_prompt_tokens, self.scheduler.block_size
+        prompt, cache = request.num_prompt_tokens, self.engine.vllm_config.cache_config
+        size, packed = cache.block_size, cache.effective_attention_block_size is None
         geometry = geometry_of(self.engine.vllm_config.model_config.hf_config)
         asked, layout, _ = packed_of(request.mm_features[0].data)
         keep = [place.length] * len(geometry.starts)
@@ -214,14 +215,12 @@ class Probe:
             keep = geometry.held(asked, layout=layout)[1:]
         plan = Plan.of([run], [keep], size, prompt, False)
         blocks, rows = 0, [prompt] * geometry.spans[0]
-        for stage, (span, count) in enumerate(
-            zip(geometry.spans, groups(geometry.spans), strict=True)
-        ):
-            whole = -(-prompt // size)
-            blocks += count * (whole - plan.left_out(stage, 0, whole))
-            if stage:
-                held = held_of(run, keep[stage - 1], size, prompt)
-                rows += [prompt - place.length + held] * span
+        for part in parts(geometry.spans, size, packed):
+            whole = -(-prompt // part.block)
+            blocks += whole - plan.left_out(part.stage, 0, whole)
+            if part.stage:
+                held = held_of(run, keep[part.stage - 1], size, prompt)
+                rows += [prompt - place.length + held] * part.layers
         return {"rows": rows, "kv_bytes_computed": blocks * self.block_bytes}
 
 

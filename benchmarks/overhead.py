@@ -41,7 +41,7 @@ from engines import (
 )
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.models.config import ENCODER_CACHE_MANAGER
-from vllm_ficoco.schedule import groups, spans
+from vllm_ficoco.schedule import parts, spans
 
 BUDGETS = (192, 64)
 REQUESTS = 32
@@ -134,6 +134,8 @@ def decode_child(folder: str, starts: list[int], requests: int) -> None:
 
 def stages(folder: Path, rounds: int, requests: int) -> None:
     """Decode steps without stages and with several layouts, in turn."""
+    import torch
+
     checkpoint(folder, {}, decoder(32, 256, 640, 4))
     layouts: list[list[int]] = [[], [16], [8, 16, 24], [4], [2]]
     names = [",".join(map(str, starts)) for starts in layouts]
@@ -151,12 +153,13 @@ def stages(folder: Path, rounds: int, requests: int) -> None:
         for n in names
     ]
     times = in_turn(children, rounds)
+    packed = torch.cuda.is_available()
     print("\n| `--reduction-stages` | KV cache groups | decode step, ms | ratio to none |")
     print("| --- | --- | --- | --- |")
     for i, (starts, name) in enumerate(zip(layouts, names, strict=True)):
         ratios = sorted(row[i] / row[0] for row in times)
         print(
-            f"| {name or 'none'} | {sum(groups(spans(starts, 32)))} | "
+            f"| {name or 'none'} | {len(parts(spans(starts, 32), 32, packed))} | "
             f"{1000 * statistics.median(row[i] for row in times):.2f} | "
             f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) |"
         )

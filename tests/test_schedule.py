@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from fractions import Fraction
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 from operator import floordiv, mod
 
 import pytest
@@ -239,6 +240,63 @@ def test_groups_are_equally_large_and_as_vllm_makes_them() -> None:
     assert schedule.groups([8, 8, 8, 8]) == [1, 1, 1, 1]
     assert schedule.groups([3, 4, 4]) == [1, 1, 1], "one layer of padding"
     assert schedule.groups([2, 3, 3]) == [1, 2, 2], "too much padding"
+
+
+def starts_of(layers: int) -> Iterator[tuple[int, ...]]:
+    """All choices of up to three starts; of fewer in deep decoders."""
+    for count in range(1 + (3 if layers <= 12 else 2 if layers <= 32 else 1)):
+        yield from combinations(range(1, layers), count)
+
+
+@pytest.mark.parametrize("layers", [*range(1, 17), 24, 28, 32, 40, 64, 80])
+def test_every_layer_is_in_one_part_of_its_stage(layers: int) -> None:
+    for starts, block in product(starts_of(layers), (16, 32, 128)):
+        spans = schedule.spans(starts, layers)
+        equal, parts = (schedule.parts(spans, block, packed) for packed in (False, True))
+        assert [sum(p.stage == s for p in equal) for s in range(len(spans))] == (
+            schedule.groups(spans)
+        )
+        for some in (equal, parts):
+            assert [sum(p.layers for p in some if p.stage == s) for s in range(len(spans))] == spans
+            assert [p.stage for p in some] == sorted(p.stage for p in some)
+            assert all(p.layers for p in some)
+        assert {p.block for p in equal} == {block}
+        assert {p.block for p in parts if p.stage} <= {block}, "gaps are of the server's blocks"
+        first = parts[0].block
+        assert first % block == 0 and first <= max(block, schedule.FIRST_BLOCK)
+        # A group less for half a percent of the KV cache, at most.
+        fewer = len(equal) - len(parts)
+        assert fewer >= 0
+        assert schedule.waste(parts) - schedule.waste(equal) <= Fraction(fewer, 200)
+        if schedule.blocks_differ(parts):
+            assert sum(p.stage == 0 for p in parts) == 1
+        else:
+            assert parts == equal
+        numbers = [schedule.part_of(parts, layer) for layer in range(layers)]
+        assert [numbers.count(n) for n in range(len(parts))] == [p.layers for p in parts]
+        assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize(
+    ("layers", "starts", "groups", "first", "waste"),
+    [
+        (32, (2,), 4, 80, 0),
+        (32, (2, 22), 4, 80, 0),
+        (32, (2, 17), 3, 80, Fraction(1, 32)),
+        (32, (4,), 3, 48, Fraction(1, 48)),
+        (40, (2, 22), 5, 80, Fraction(1, 20)),
+        # Two parts of 15, or none: what does not divide evenly stays as vLLM makes it.
+        (32, (2, 6, 15), 17, 16, Fraction(1, 16)),
+        (32, (8, 16, 24), 4, 16, 0),
+        (32, (16,), 2, 16, 0),
+        (32, (), 1, 16, 0),
+    ],
+)
+def test_parts_are_few_and_waste_little(
+    layers: int, starts: tuple[int, ...], groups: int, first: int, waste: Fraction
+) -> None:
+    parts = schedule.parts(schedule.spans(starts, layers), 16, packed=True)
+    assert (len(parts), parts[0].block, schedule.waste(parts)) == (groups, first, waste)
 
 
 # --- Ladders --------------------------------------------------------------------------------

@@ -83,17 +83,16 @@ def test_refused(config: Any, change: Callable[[Any], None], says: str) -> None:
 
 @pytest.mark.parametrize("mode", CompilationMode)
 @pytest.mark.parametrize("graphs", CUDAGraphMode)
-def test_cuda_graphs_are_those_of_decode_steps(
+def test_cuda_graphs_of_steps_with_prefills_are_piecewise(
     config: Any, mode: CompilationMode, graphs: CUDAGraphMode
 ) -> None:
     changed = copy.deepcopy(config)
     put("compilation_config.mode", mode)(changed)
     put("compilation_config.cudagraph_mode", graphs)(changed)
-    fine = graphs in (CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
-    if fine and mode != CompilationMode.STOCK_TORCH_COMPILE:
+    if graphs != CUDAGraphMode.FULL and mode != CompilationMode.STOCK_TORCH_COMPILE:
         check(changed)
         return
-    with pytest.raises(StagesError, match=r"FULL_DECODE_ONLY|torch\.compile of the whole model"):
+    with pytest.raises(StagesError, match=r"FULL_AND_PIECEWISE|torch\.compile of the whole model"):
         check(changed)
 
 

@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from itertools import combinations, pairwise
+from itertools import accumulate, combinations, pairwise
 from typing import NamedTuple
 
 
@@ -178,7 +178,7 @@ def spans(starts: Sequence[int], layers: int) -> list[int]:
 
 
 def groups(spans: Sequence[int]) -> list[int]:
-    """How many KV cache groups vLLM makes of the layers of every stage.
+    """How many KV cache groups vLLM makes of every stage's layers where all have one block size.
 
     All its groups have equally many layers: as many as the shortest stage, or as the longest where
     that has less than half as many more; the last group of a stage may be padded.
@@ -186,6 +186,86 @@ def groups(spans: Sequence[int]) -> list[int]:
     shortest, longest = min(spans), max(spans)
     size = longest if longest < 1.5 * shortest else shortest
     return [math.ceil(span / size) for span in spans]
+
+
+FIRST_BLOCK = 80
+"""Tokens that a KV block of the first stage may have. Prefix hits end at its multiples."""
+
+GROUP = Fraction(1, 200)
+"""The share of the KV cache that one group less is worth: about as much as of a decode step."""
+
+
+class Part(NamedTuple):
+    """Layers of one stage that share a block table: a KV cache group."""
+
+    stage: int
+    layers: int
+    """How many; those of the parts before it come before them."""
+    block: int
+    """Tokens of a KV block."""
+
+
+def parts(spans: Sequence[int], block: int, packed: bool) -> list[Part]:
+    """The KV cache groups of a decoder with these stages.
+
+    A block of every group takes the same memory, that of the largest. The first stage is short, and
+    no group may have layers of two stages. Where all blocks have one size, the other stages are cut
+    into groups as short as the first one. Where they need not, the first stage, which holds all
+    tokens, gets larger blocks, so that the others are cut into few long parts: of 2, 20 and 10
+    layers four groups, 80 tokens of 2 layers and 16 tokens of 10, 10 and 10, instead of sixteen. Of
+    all such cuts, and the one with equal blocks, it is the one with the least waste and groups.
+
+    Stages from 1 on keep the server's block: their gaps are whole blocks, and where blocks differed
+    a later stage could hold a token that an earlier one has let go.
+
+    Args:
+        spans: layers of every stage.
+        block: tokens of a KV block, as the server is configured.
+        packed: whether a block may hold few layers of many tokens, or many layers of few tokens.
+    """
+    equal = [
+        Part(stage, layers, block)
+        for stage, count in enumerate(groups(spans))
+        for layers in _evenly(spans[stage], count)
+    ]
+    cuts = [equal]
+    first, *later = spans
+    for longest in range(2 * first, max(later, default=0) + 1) if packed else ():
+        times = min(longest // first, FIRST_BLOCK // block)
+        if times < 2:
+            break
+        cut = [
+            Part(stage, layers, block)
+            for stage, span in enumerate(later, start=1)
+            for layers in _evenly(span, math.ceil(span / longest))
+        ]
+        cuts.append([Part(0, first, times * block), *cut])
+    cuts = [cut for cut in cuts if len(cut) <= len(equal)]
+    return min(cuts, key=lambda cut: (waste(cut) + len(cut) * GROUP, len(cut)))
+
+
+def _evenly(span: int, count: int) -> list[int]:
+    """So many layers in so many parts, the longer ones first."""
+    share, more = divmod(span, count)
+    return [share + (number < more) for number in range(count)]
+
+
+def blocks_differ(parts: Sequence[Part]) -> bool:
+    """Whether the parts need a KV cache whose blocks hold different numbers of layers."""
+    return len({part.block for part in parts}) > 1
+
+
+def part_of(parts: Sequence[Part], layer: int) -> int:
+    """The number of the part that a layer of the decoder belongs to."""
+    ends = list(accumulate(part.layers for part in parts))
+    return bisect_right(ends, layer)
+
+
+def waste(parts: Sequence[Part]) -> Fraction:
+    """Memory of the KV cache that holds nothing, as a share of what tokens take in all layers."""
+    largest = max(part.layers * part.block for part in parts)
+    taken = sum((Fraction(largest, part.block) for part in parts), Fraction())
+    return taken / sum(part.layers for part in parts) - 1
 
 
 def nearest_stages(

@@ -228,22 +228,19 @@ def _parse(
 
 
 def _for_stages_on_gpus(args: argparse.Namespace) -> None:
-    """Say what stages need there, where vLLM's choice is another and the command line says nothing;
-    what it does say is refused if it does not do (``engine/checks.py``)."""
-    from vllm.config import CUDAGraphMode
+    """Name an attention backend where vLLM would choose one that stages refuse
+    (``engine/checks.py``), and the command line says nothing of it."""
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cuda():
-        return
-    logger = init_logger("vllm.ficoco_server")
-    if not args.enforce_eager and args.compilation_config.cudagraph_mode is None:
-        args.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-        logger.info("decoder stages: cudagraph_mode FULL_DECODE_ONLY, graphs of decode steps alone")
     unsaid = args.attention_backend is None and args.attention_config.backend is None
-    if unsaid and current_platform.is_device_capability_family(100):  # vLLM's choice: FlashInfer
+    if not (unsaid and current_platform.is_cuda()):
+        return
+    if current_platform.is_device_capability_family(100):  # vLLM's choice there is FlashInfer
         args.attention_backend = "TRITON_ATTN" if "float32" in str(args.dtype) else "FLASH_ATTN"
-        logger.info("decoder stages: --attention-backend %s", args.attention_backend)
+        init_logger("vllm.ficoco_server").info(
+            "decoder stages: --attention-backend %s", args.attention_backend
+        )
 
 
 def _resolve_tiny(args: Any) -> None:

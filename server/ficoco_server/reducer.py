@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -107,6 +108,10 @@ class Reducer:
             head_size=model.get_head_size(),
             kv_bytes_per_element=cache_dtype.itemsize,
         )
+        # The engine is another process. When it is ready it tells the block size of its groups,
+        # or none where they have several.
+        packed = vllm_config.cache_config.effective_attention_block_size is None
+        self.parts = schedule.parts(self._spans, self.block_size, packed)
 
     def settle(self, request: ReductionFields, messages: Any) -> list[Reduction | None]:
         """The settings of every image of a request.
@@ -421,7 +426,7 @@ class Reducer:
     def prefilled(self, report: dict[str, Any] | None) -> list[Prefilled]:
         """What the images of a report add to the metrics, once they are in the KV cache."""
         spans, layers = self._spans, self.decoder.layers
-        groups, starts = schedule.groups(spans), [0, *accumulate(spans[:-1])]
+        starts = [0, *accumulate(spans[:-1])]
         per_layer = self.decoder.kv_bytes_per_token // layers
         images = []
         for image in report["images"] if report else ():
@@ -439,7 +444,7 @@ class Reducer:
                     image["method"],
                     tokens,
                     schedule.total_over_layers(left, spans) * per_layer,
-                    schedule.total_over_layers(left, groups) / self.block_size,
+                    sum(left[part.stage] / part.block for part in self.parts),
                     rung,
                 )
             )
@@ -477,7 +482,8 @@ class Reducer:
                 "has_cls": geometry.has_cls,
                 "decoder_stages": list(geometry.starts),
                 "kv_block_size": self.block_size,
-                "kv_cache_groups": schedule.groups(self._spans),
+                "kv_block_sizes": list({part.stage: part.block for part in self.parts}.values()),
+                "kv_cache_groups": list(Counter(part.stage for part in self.parts).values()),
             }
             low = policy.low(geometry)
             share = f"N / {low.share}" if isinstance(low, ShareOfTokens) else low

@@ -11,7 +11,7 @@ pruned and merged, with GPUs' small blocks.
 """
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,32 +66,68 @@ def pattern_elsewhere(*args: Any) -> Any:
     return pattern
 
 
+STARTS = [1, 5]
+"""Of seven layers: stages of one, four and two."""
+
+
 def main(folder: Path) -> None:
-    """Requests that end one after another, so that graphs of all sizes run."""
+    """Prefill, decode and both in a step, unreduced, pruned and merged, with GPUs' small blocks.
+
+    In few KV cache groups, as on GPUs: blocks of 32 tokens of the first layer, and of 16 tokens of
+    two layers each of the others. Requests end one after another, so graphs of all sizes run.
+    """
     from vllm.v1.worker.gpu import cudagraph_utils
 
     from tests.checkpoints import random_llava
     from tests.engine.conftest import Ask, make_engine
-    from tests.engine.test_decoder_stages import FIRST_LOGITS, STAGED, check, wish
+    from tests.engine.test_decoder_stages import (
+        FIRST_LOGITS,
+        LONG,
+        STAGED,
+        check_output,
+        expected,
+        held_by_stage,
+        wish,
+    )
     from tests.reference.llava import ReferenceLlava
     from vllm_ficoco.engine import attention
 
+    class NextTurn(Ask):
+        """Goes on where an earlier request and its answer end."""
+
+        @property
+        def prompt(self) -> str:
+            return f"{super().prompt} red USER: star ? ASSISTANT:"
+
+    def ask(cls: type[Ask], tokens: int, *args: Any) -> Ask:
+        return cls(*args, {**FIRST_LOGITS, "max_tokens": tokens})
+
     cudagraph_utils.CudaGraphManager.capture = capture  # type: ignore[method-assign]
     triton_on_cpu.attend_with_triton()
-    checkpoint = random_llava(folder, decoder_layers=6)
-    asks = [
-        Ask(),
-        Ask([2], [wish("ficoco-l", 80, 48, 16)]),
-        Ask([3], [wish("k-norm", 50, 20, 0)]),
-    ]
-    asks = [
-        Ask(a.images, a.settings, a.question, {**FIRST_LOGITS, "max_tokens": 3 + 2 * number})
-        for number, a in enumerate(asks)
-    ]
-    options = {**STAGED, "block_size": 16, "max_num_seqs": 4, "enforce_eager": False}
-    options["num_gpu_blocks_override"] = 400  # the interpreter copies the cache at each launch
-    options["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    checkpoint = random_llava(folder, decoder_layers=7)
+    reference = ReferenceLlava(str(checkpoint))
+    pruned = ([3], [wish("k-norm", 50, 0)], LONG + 11 * " red")
+    asks = {
+        "text": ask(Ask, 2, [], [], "what color is the circle ?"),
+        "merged": ask(Ask, 3, [2], [wish("ficoco-l", 80, 16)], "what color is the circle ?"),
+        "pruned": ask(Ask, 5, *pruned),
+    }
+    options = {
+        **STAGED,
+        "hf_overrides": {"reduction_stages": STARTS},
+        "block_size": 16,
+        "max_num_seqs": 4,
+        "max_model_len": 224,
+        "num_gpu_blocks_override": 50,  # all prompts, but not all answers
+        "enforce_eager": False,
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+    }
     with contextmanager(make_engine)(checkpoint, **options) as engine:
+        layer = engine.model.language_model.model.layers[-1].self_attn.attn
+        assert layer.impl.__class__.__name__ == "TritonAttentionImpl"
+        parts = [(0, 1, 32), (1, 2, 16), (1, 2, 16), (2, 2, 16)]
+        assert engine.scheduler.parts == parts
+        check_report(engine)
         runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
         graphs = runner.cudagraph_manager
         assert graphs.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
@@ -104,17 +140,50 @@ def main(folder: Path) -> None:
             runner.attn_groups,
             runner.kv_cache_config,
         )
-        layer = engine.model.language_model.model.layers[-1].self_attn.attn
-        assert layer.impl.__class__.__name__ == "TritonAttentionImpl"
-        reference = ReferenceLlava(str(checkpoint))
-        check(engine, reference, asks)
+        free, preempted = engine.free_blocks, engine.watch_preemptions()
+        for name, request in asks.items():
+            engine.add(request, name)
+        engine.llm.llm_engine.step()
+        # 8, 152 and 192 tokens, the image at 2 to 146: of 80, 16, 50 and 0 tokens of it, those in
+        # blocks that text has a part in stay in any case.
+        held = {
+            "text": {0: {1}, 1: {1}, 2: {1}},
+            "merged": {0: {5}, 1: {6}, 2: {2}},
+            "pruned": {0: {6}, 1: {7}, 2: {4}},
+        }
+        for name, blocks in held.items():
+            assert held_by_stage(engine, name) == blocks, name
+        assert free - engine.free_blocks == 4 + 19 + 24
+        outputs = engine.finished()
+        for name, request in asks.items():
+            truth = expected(reference, request, engine.block, STARTS)
+            check_output(truth, request, outputs[name])
+        assert any(preempted), "the first block behind the longest prompt did not fit"
+        assert engine.free_blocks == free and not engine.scheduler.plans
+        again = ask(NextTurn, 2, *pruned)
+        (output,) = engine.generate([again])
+        assert output.num_cached_tokens == 192, "whole blocks of 32, of a prompt of 197"
+        check_output(expected(reference, again, engine.block, STARTS), again, output)
         assert set(REPLAYS) == set(SIZES), REPLAYS
         attention.pattern_of = pattern_elsewhere
-        try:
-            check(engine, reference, asks[1:2])
-        except AssertionError:
-            return
-    raise AssertionError("a graph that reads what is stale says what the reference does")
+        request = asks["merged"]
+        (output,) = engine.generate([request])
+        with suppress(AssertionError):
+            truth = expected(reference, request, engine.block, STARTS)
+            check_output(truth, request, output)
+            sys.exit("a graph that reads what is stale says what the reference does")
+
+
+def check_report(engine: Any) -> None:
+    """The front end reports the groups that the engine has."""
+    from ficoco_server.policy import Policy
+    from ficoco_server.reducer import Reducer
+
+    llm = engine.llm.llm_engine
+    reducer = Reducer(llm.vllm_config, Policy(), llm.renderer.mm_processor, 0)
+    assert reducer.parts == engine.scheduler.parts
+    about = reducer.describe()["model"]
+    assert about["kv_block_sizes"] == [32, 16, 16] and about["kv_cache_groups"] == [1, 2, 1]
 
 
 if __name__ == "__main__":

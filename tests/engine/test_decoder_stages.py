@@ -239,19 +239,29 @@ def test_alike_images_are_reduced_together_as_if_alone(
         assert {*at_once[2:]} <= {3}, f"{method}: fewer tokens, for which there is room"
 
 
-def check(engine: Engine, reference: ReferenceLlava, asks: Sequence[Ask]) -> Kept:
+def check(
+    engine: Engine,
+    reference: ReferenceLlava,
+    asks: Sequence[Ask],
+    stages: Sequence[int] = STAGES,
+) -> Kept:
     """All in one batch: tokens, first logits, and every block back; what the reference kept."""
     free = engine.free_blocks
     kept: Kept = []
     for ask, output in zip(asks, engine.generate(asks), strict=True):
-        truth = expected(reference, ask, engine.block)
+        truth = expected(reference, ask, engine.block, stages)
         kept += [(layer, places) for (layer, _), places in truth.kept.items()]
-        assert list(output.outputs[0].token_ids) == truth.tokens, ask
-        given = output.outputs[0].logprobs[0]
-        logits = torch.tensor([given[word].logprob for word in range(VOCABULARY)])
-        torch.testing.assert_close(logits, truth.first_logits, atol=1e-3, rtol=1e-3)
+        check_output(truth, ask, output)
     assert engine.free_blocks == free
     return kept
+
+
+def check_output(truth: Answer, ask: Ask, output: Any) -> None:
+    """The tokens and first logits of the reference."""
+    assert list(output.outputs[0].token_ids) == truth.tokens, ask
+    given = output.outputs[0].logprobs[0]
+    logits = torch.tensor([given[word].logprob for word in range(VOCABULARY)])
+    torch.testing.assert_close(logits, truth.first_logits, atol=1e-3, rtol=1e-3)
 
 
 # --- The KV cache -------------------------------------------------------------------------------

@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
 
 from tests.checkpoints import random_llava
 from tests.engine.conftest import Ask, make_engine
@@ -46,10 +50,57 @@ def test_variants_say_what_the_reference_does(
                 assert stage.compiled or getattr(stage, "aot_compiled_fn", None) is not None
 
 
-def test_compiled_as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SIZES = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256]
+"""Rows of piecewise graphs."""
+
+
+class PiecewiseGraph:
+    """In place of vLLM's wrapper of piecewise CUDA graphs, without a GPU.
+
+    A replay runs what was captured on the tensors that it was captured with, whatever they hold by
+    then. When a stage begins, the memory of what the stage before it has put out is gone, as its
+    last graph has given it back.
+    """
+
+    replays = 0
+    gone: tuple[torch.Tensor, ...] = ()
+
+    def __init__(self, runnable: Any, cudagraph_options: Any, **_: Any) -> None:
+        self.runnable, self.options = runnable, cudagraph_options
+        self.captured: dict[Any, tuple[Any, Any]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runnable, name)
+
+    def __call__(self, *args: Any) -> Any:
+        context = get_forward_context()
+        if context.cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
+            return self.runnable(*args)
+        if not self.options.gc_disable:  # the first graph of a stage
+            for output in PiecewiseGraph.gone:
+                output.fill_(torch.nan)
+            PiecewiseGraph.gone = ()
+        rows = context.batch_descriptor
+        if rows in self.captured:
+            PiecewiseGraph.replays += 1
+            seen, made = self.captured[rows]
+            for old, new in zip(tree_leaves(made), tree_leaves(self.runnable(*seen)), strict=True):
+                old.copy_(new)
+        else:
+            made = self.runnable(*args)
+            self.captured[rows] = args, made
+        if self.options.weak_ref_output:
+            PiecewiseGraph.gone = tuple(tree_leaves(made))
+        return made
+
+
+def test_compiled_with_piecewise_graphs_as_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM's own compile mode keeps what it compiled: the next engine loads it, each stage its own.
 
-    On CPUs vLLM takes another mode, and one pass of this mode names operators of GPUs.
+    On CPUs vLLM takes another mode, and one pass of this mode names operators of GPUs. Graphs are
+    simulated: see above.
     """
     from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
     from vllm.config import CompilationMode
@@ -59,10 +110,16 @@ def test_compiled_as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def compiled(config: Any) -> None:
         as_on_a_cpu(config)
-        config.compilation_config.mode = CompilationMode.VLLM_COMPILE
-        config.compilation_config.compile_sizes = []
+        compilation = config.compilation_config
+        compilation.mode = CompilationMode.VLLM_COMPILE
+        compilation.compile_sizes = []
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+        compilation.cudagraph_capture_sizes = SIZES
+        compilation.max_cudagraph_capture_size = SIZES[-1]
 
+    wrapper = f"{__name__}.{PiecewiseGraph.__name__}"
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(compiled))
+    monkeypatch.setattr(CpuPlatform, "get_static_graph_wrapper_cls", lambda *_: wrapper)
     monkeypatch.setattr(FixFunctionalizationPass, "__call__", lambda *_: None)
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     checkpoint = random_llava(tmp_path / "model", decoder_layers=6)
@@ -71,10 +128,22 @@ def test_compiled_as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def run(warm: bool) -> None:
         options = {**STAGED, "enforce_eager": False}
         with contextmanager(make_engine)(checkpoint, **options) as engine:
+            runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+            runner.cudagraph_dispatcher.initialize_cudagraph_keys(CUDAGraphMode.PIECEWISE, 1)
+            PiecewiseGraph.replays = 0
             check(engine, reference, some_asks())
-            for stage in engine.model.staged_decoder.stages:
+            # Prefills of few rows: a text, an image, and one of which most leaves.
+            for ask in (some_asks()[0], some_asks()[1], some_asks()[3]):
+                check(engine, reference, [ask])
+            assert PiecewiseGraph.replays > 300
+            decoder = engine.model.staged_decoder
+            for stage in decoder.stages:
                 assert stage.aot_compiled_fn is not None
                 assert stage.was_aot_compile_fn_loaded_from_disk == warm
+            if warm:  # the control: a stage reads what the one before it put out
+                decoder._where_graphs_look = lambda *both: both
+                with pytest.raises(AssertionError):
+                    check(engine, reference, some_asks()[:1])
 
     run(warm=False)
     run(warm=True)

@@ -121,6 +121,7 @@ def test_about_reduction(server: Server) -> None:
     about = server.http.get("/v1/reduction").json()
     assert about["model"]["decoder_stages"] == [2, 4]
     assert about["model"]["kv_block_size"] == 32
+    assert about["model"]["kv_block_sizes"] == [32, 32, 32]
     allowed = about["policy"]["methods"]
     assert "vitcop" in allowed and "sparsevlm" not in allowed, "which needs three stages"
     assert about["model"]["kv_cache_groups"] == [1, 1, 1]

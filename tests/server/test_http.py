@@ -540,6 +540,7 @@ def test_about_reduction(server: Server) -> None:
         "has_cls": True,
         "decoder_stages": [],
         "kv_block_size": 128,  # vLLM's choice for CPUs
+        "kv_block_sizes": [128],
         "kv_cache_groups": [1],
         "kv_cache_bytes_per_token": KV_BYTES,
     }

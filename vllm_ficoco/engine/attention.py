@@ -28,10 +28,12 @@ from vllm.v1.attention.backend import (
     subclass_attention_backend,
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec, replace_as
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_ficoco import schedule
 from vllm_ficoco.engine.checks import check_backend
 from vllm_ficoco.engine.gaps import Plan
-from vllm_ficoco.engine.kv import StageSpec
+from vllm_ficoco.engine.kv import StageSpec, packed_layouts
 
 
 class Rows(NamedTuple):
@@ -226,8 +228,15 @@ class Shared:
 
 
 @functools.cache
-def stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
-    """An attention backend whose metadata leave gaps out; the kernels are the base's."""
+def stage_backend(
+    base: type[AttentionBackend], layouts: tuple[KVCacheLayout, ...] | None
+) -> type[AttentionBackend]:
+    """An attention backend whose metadata leave gaps out; the kernels are the base's.
+
+    Args:
+        base: vLLM's.
+        layouts: of the KV cache, that groups need; None for those of the base.
+    """
     builder: Any = base.get_builder_cls()
 
     class StageMetadataBuilder(builder):
@@ -290,7 +299,10 @@ def stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             metadata.ficoco_rows = rows
             return metadata
 
-    return subclass_attention_backend("Stage", base, StageMetadataBuilder)
+    backend: type[Any] = subclass_attention_backend("Stage", base, StageMetadataBuilder)
+    if layouts is not None:
+        backend.supported_kv_cache_layouts = classmethod(lambda _: layouts)
+    return backend
 
 
 @dataclass
@@ -334,30 +346,46 @@ def watch_keys(attention: Attention) -> KeyWatch:
 class StageAttention(Attention):
     """vLLM's attention layer, which knows its stage; made from one by :func:`enter_stage`."""
 
-    stage: int
+    layer: int
+    """Its number in the decoder."""
+    spans: Sequence[int]
+    """Layers of every stage of the decoder."""
+    packed: bool
+    """Whether blocks of the KV cache may hold different numbers of layers."""
     shared: Shared
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)
-        return replace_as(spec, StageSpec, stage=self.stage)
+        parts = schedule.parts(self.spans, spec.block_size, self.packed)
+        number = schedule.part_of(parts, self.layer)
+        stage, _, block = parts[number]
+        part = number if schedule.blocks_differ(parts) else 0
+        return replace_as(spec, StageSpec, stage=stage, part=part, block_size=block)
 
 
-def enter_stage(attention: Attention, stage: int, shared: Shared) -> None:
-    """Puts an attention layer into a stage.
-
-    Args:
-        attention: vLLM's, finished.
-        stage: its number.
-        shared: one object for all layers of the stage.
+def enter_stage(
+    attention: Attention, layer: int, spans: Sequence[int], block_size: int, shared: Shared
+) -> None:
+    """Puts an attention layer into its stage.
 
     vLLM's models build their layers themselves and take no class for the attention within them,
-    so the class is changed on the finished layer; it adds no state but the stage.
+    so the class is changed on the finished layer; it adds no state but where the layer stands.
+
+    Args:
+        attention: of vLLM.
+        layer: its number in the decoder.
+        spans: layers of every stage.
+        block_size: tokens of a KV block, as the server is configured.
+        shared: one object for all layers of the stage.
 
     Raises:
         StagesError: with this attention backend, stages are not known to work.
     """
-    check_backend(attention.attn_backend.get_name())
+    base = attention.attn_backend
+    check_backend(base.get_name())
+    layouts = packed_layouts(base)
     attention.__class__ = StageAttention
-    attention.stage, attention.shared = stage, shared
-    if stage:
-        attention.attn_backend = stage_backend(attention.attn_backend)
+    attention.layer, attention.spans, attention.shared = layer, spans, shared
+    attention.packed = schedule.blocks_differ(schedule.parts(spans, block_size, bool(layouts)))
+    if layer >= spans[0]:
+        attention.attn_backend = stage_backend(base, layouts if attention.packed else None)

@@ -134,8 +134,8 @@ def _problems(config: VllmConfig) -> Iterator[str]:
         "KV connectors": config.kv_transfer_config,
         "KV events": config.kv_events_config and config.kv_events_config.enable_kv_cache_events,
         "encoder connectors": config.ec_transfer_config,
-        "CUDA graphs of prefills (give cudagraph_mode FULL_DECODE_ONLY)": (
-            graphs is not None and graphs.mixed_mode() != CUDAGraphMode.NONE
+        "full CUDA graphs of steps with prefills (give cudagraph_mode FULL_AND_PIECEWISE)": (
+            graphs is not None and graphs.mixed_mode() == CUDAGraphMode.FULL
         ),
         "torch.compile of the whole model": (
             config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -163,15 +163,19 @@ class StagedDecoder:
         self.sum_over_ranks = sum_over_ranks
         self.images: list[Image] = []
         self.visual: Tensor | None = None
+        self.graphed_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        self.seen: Tensor | None = None
+        """(2, rows, D): what piecewise graphs of a stage read, allocated when the first is made."""
         edges = [0, *geometry.starts, len(model.layers)]
         self.stages: list[nn.Module] = []
         # What vLLM calls the attention layers of every stage.
         self.names: list[list[str]] = []
         for number, (first, end) in enumerate(pairwise(edges)):
             layers = model.layers[first:end]
-            shared = Shared()
-            for layer in layers:
-                enter_stage(layer.self_attn.attn, number, shared)
+            shared, block_size = Shared(), vllm_config.cache_config.block_size
+            for place, layer in enumerate(layers, start=first):
+                attention = layer.self_attn.attn
+                enter_stage(attention, place, geometry.spans, block_size, shared)
             self.names.append([layer.self_attn.attn.layer_name for layer in layers])
             with set_model_tag(f"stage{number}"):  # names vLLM's folder of compiled pieces
                 self.stages.append(stage_layers(number)(vllm_config=vllm_config, layers=layers))
@@ -263,6 +267,9 @@ class StagedDecoder:
                 for name in self.names[number]:
                     # Keys and values go where the context says, not where the metadata do.
                     context.slot_mapping[name] = context.attn_metadata[name].ficoco_rows.slots
+                context.cudagraph_runtime_mode = CUDAGraphMode.NONE  # graphs are of all rows
+            elif context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
+                hidden, residual = self._where_graphs_look(hidden, residual)
             first = {} if number or levels is None else {"levels": levels}
             hidden, residual = stage(positions, hidden, residual, **first)
         hidden, _ = self.model.norm(hidden, residual)
@@ -271,6 +278,28 @@ class StagedDecoder:
         return hidden.new_zeros(total, hidden.shape[1]).index_copy_(
             0, async_tensor_h2d(index, device=hidden.device), hidden
         )
+
+    def _where_graphs_look(
+        self, hidden: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What comes to a stage, where a piecewise CUDA graph of it has seen it at its capture.
+
+        The last graph of a stage gives its output's memory back, so the next stage's graphs may
+        write where they still have to read. Positions are in the runner's buffer.
+
+        Args:
+            hidden: (rows, D).
+            residual: the same; None before the first layer.
+        """
+        if self.seen is None:
+            most = self.graphed_rows
+            self.seen = hidden.new_empty(2, most, hidden.shape[1])
+        rows = len(hidden)
+        self.seen[0, :rows].copy_(hidden)
+        if residual is None:
+            return self.seen[0, :rows], None
+        self.seen[1, :rows].copy_(residual)
+        return self.seen[0, :rows], self.seen[1, :rows]
 
     def _rows_by_stage(self, metadata: Any) -> list[Rows | None]:
         """Which rows each stage runs on; None for all of them."""

@@ -93,7 +93,7 @@ class Plan:
         Args:
             runs: the images.
             keep: of every image, how many tokens every stage from 1 on keeps, at least.
-            block_size: tokens of a KV cache block.
+            block_size: tokens of a KV cache block, the same in all these stages.
             prompt: tokens of the prompt.
             looks_at_question: as above.
         """

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's KV cache area: layer groups that know their stage, and a manager that leaves gaps.
 
-A request's block table has the same length in every stage, so slots, positions and prefix hashes
-stay vLLM's own; the blocks of a gap (:mod:`vllm_ficoco.engine.gaps`) are the null block, and
-nothing is ever allocated for them.
+A request's block table covers the same positions in every stage, so slots, positions and prefix
+hashes stay vLLM's own; the blocks of a gap (:mod:`vllm_ficoco.engine.gaps`) are the null block, and
+nothing is ever allocated for them. Which layers share a table, and how many tokens its blocks have,
+is :func:`vllm_ficoco.schedule.parts`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm import envs
 from vllm.utils.math_utils import cdiv
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from vllm_ficoco.engine.gaps import Plan
@@ -90,7 +94,8 @@ class GapManager(FullAttentionManager):
         kv_cache_group_ids: list[int],
         block_pool: BlockPool,
         kv_cache_spec: KVCacheSpec,
-        *args: Any,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
         **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """As vLLM's, but a block of a gap is found anywhere, and a hit ends where it may."""
@@ -101,14 +106,17 @@ class GapManager(FullAttentionManager):
                 kv_cache_group_ids,
                 block_pool,
                 kv_cache_spec,
-                *args,
+                drop_eagle_block,
+                alignment_tokens,
                 **kwargs,
             )
             return hit
         plan, size, stage = block_hashes.plan, kv_cache_spec.block_size, kv_cache_spec.stage
+        # vLLM hashes prefixes at every multiple of the smallest block.
+        by_block = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
         nothing = [block_pool.null_block] * len(kv_cache_group_ids)
         found: list[list[KVCacheBlock]] = []
-        for number, block_hash in enumerate(itertools.islice(block_hashes, max_length // size)):
+        for number, block_hash in enumerate(itertools.islice(by_block, max_length // size)):
             blocks = (
                 nothing
                 if plan.left_out(stage, number, number + 1)
@@ -117,10 +125,28 @@ class GapManager(FullAttentionManager):
             if not blocks:
                 break
             found.append(blocks)
-        while found and not plan.may_resume_at(len(found) * size):
+        # A hit ends where the blocks of all groups end.
+        while found and (
+            len(found) * size % alignment_tokens or not plan.may_resume_at(len(found) * size)
+        ):
             found.pop()
         by_group = tuple([blocks[i] for blocks in found] for i in range(len(nothing)))
         return by_group, len(found) * size
+
+
+PACKED = (KVCacheLayout.BLNHC, KVCacheLayout.BLHNC)
+"""Layouts of a KV cache in which the layers of a group lie side by side in a block: then a block
+may hold few layers of many tokens, or many layers of few tokens."""
+
+
+def packed_layouts(backend: type[AttentionBackend]) -> tuple[KVCacheLayout, ...]:
+    """Which of :data:`PACKED` an attention backend takes; none where the user asks for another."""
+    taken, asked = backend.supported_kv_cache_layouts(), envs.VLLM_KV_CACHE_LAYOUT
+    return tuple(
+        layout
+        for layout in PACKED
+        if (taken is None or layout in taken) and asked in (None, layout.name)
+    )
 
 
 # vLLM registers its own kinds when the first one is looked up, unless the table has an entry: so
@@ -138,6 +164,8 @@ class StageSpec(FullAttentionSpec):
     """
 
     stage: int = 0
+    part: int = 0
+    """Of the stage's layers, where vLLM is not to cut them into groups itself."""
 
     @classmethod
     def merge(cls, specs: list[StageSpec]) -> StageSpec:
@@ -146,8 +174,8 @@ class StageSpec(FullAttentionSpec):
         return specs[0]
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Whether these layers may share one group; never over stages."""
+        """Whether these layers may share one group; never over stages, nor over their parts."""
         return all(
-            isinstance(spec, StageSpec) and spec.stage == self.stage
+            isinstance(spec, StageSpec) and (spec.stage, spec.part) == (self.stage, self.part)
             for spec in kv_cache_specs.values()
         )

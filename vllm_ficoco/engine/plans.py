@@ -24,7 +24,7 @@ def plan_of(
         features: its images, with their settings.
         prompt: tokens of its prompt.
         geometry: of the checkpoint, with the stages.
-        block_size: tokens of a KV cache block.
+        block_size: tokens of a KV cache block, the same in all stages from 1 on.
     """
     runs, keep, settings = [], [], []
     for feature in features or ():

@@ -8,7 +8,6 @@ Turned on with ``--scheduler-cls vllm_ficoco.engine.scheduler.make_scheduler``, 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -43,10 +42,16 @@ class _Planning:
                 f"reduction stages need a KV cache of decoder layers alone, not also {strange}"
             )
         self.managers: tuple[GapManager, ...] = managers
-        made = Counter(manager.stage for manager in managers)
-        due = dict(enumerate(schedule.groups(self.geometry.spans)))
-        if made != due:
-            raise ValueError(f"KV cache groups by stage: {dict(made)}, but {due} were due")
+        groups = self.kv_cache_config.kv_cache_groups  # type: ignore[attr-defined]
+        self.parts = [
+            schedule.Part(manager.stage, len(group.layer_names), manager.block_size)
+            for manager, group in zip(managers, groups, strict=True)
+        ]
+        packed = schedule.blocks_differ(self.parts)
+        block = self.vllm_config.cache_config.block_size  # type: ignore[attr-defined]
+        due = schedule.parts(self.geometry.spans, block, packed)
+        if self.parts != due:
+            raise ValueError(f"KV cache groups: {self.parts}, but {due} were due")
         self.plans: dict[str, Plan] = {}
         self.refused: set[str] = set()
 
@@ -121,7 +126,7 @@ class _Planning:
             request.mm_features,
             request.num_prompt_tokens,
             self.geometry,
-            self.managers[0].block_size,
+            self.parts[-1].block,
         )
         if plan is None:
             return None
