@@ -25,8 +25,8 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 declare -A seconds=(
-  [device]=30 [methods]=40 [stages]=70 [graphs]=55 [agree]=50 [load]=85 [budgets]=125 [tower]=45
-  [native]=60 [largest]=60 [server]=240
+  [device]=30 [methods]=40 [stages]=65 [graphs]=55 [agree]=75 [load]=80 [budgets]=115 [tower]=45
+  [native]=55 [largest]=60 [server]=240
 )
 declare -A needs=([graphs]=stages [agree]=stages)
 plan=(device methods stages graphs agree load budgets tower native)
