@@ -343,8 +343,9 @@ def load(args: argparse.Namespace) -> None:
     print()
     if gpu():
         bar("time of off, of stock's", 1 / of_stock["off"], 1.01)
-        best = max((n for n in rates if "@" in n), key=lambda n: of_stock[n])
-        bar(f"requests/s of {best}, of stock's", of_stock[best], 3, least=True)
+        if args.decoder.startswith("llava-1.5"):
+            best = max((n for n in rates if "@" in n), key=lambda n: of_stock[n])
+            bar(f"requests/s of {best}, of stock's", of_stock[best], 3, least=True)
 
 
 LOAD_FLAGS = ("decoder", "dtype", "requests", "at_once", "tokens", "attention_backend")
