@@ -2,7 +2,10 @@
 """What a budget buys in the engine: time, KV cache and memory, beside what counts alone promise.
 
     python benchmarks/budgets.py --decoder 1b --dtype float32             # on a CPU
-    python benchmarks/budgets.py --decoder llava-1.5-7b --batch 1,8,32    # on a GPU
+    python benchmarks/budgets.py --decoder llava-1.5-7b --batch 1,8,32 \
+        --cudagraph-mode FULL_DECODE_ONLY --compilation-mode 0            # on a GPU
+    python benchmarks/budgets.py --decoder 1b-cut --dtype float32 --no-stock --cpu-time \
+        --methods fastv,k-norm,ficoco-l                   # prefills inside the decoder, on a CPU
     python benchmarks/budgets.py --decoder llava-next-cut --dtype float32 --budgets 640,320,160 \
         --methods score,topk,visionzip,ficoco-v,globalcom2,hired,fastv --stages 2  # tiles, on a CPU
     python benchmarks/budgets.py --decoder qwen2.5-vl-cut --dtype float32 --budgets 512,256,128 \
@@ -15,7 +18,12 @@ unseen, so no cache hides a prefill. Each figure is the median of the rounds; ra
 within a round, against vllm-ficoco with reduction off.
 
 Ideals come from :mod:`vllm_ficoco.cost`: FLOPs for tower and prefill, bytes of weights and KV cache
-for a decode step.
+for a decode step. ``of ideal`` is the measured speed-up of a prefill over the promised one.
+
+All engines run with equal flags. With decoder stages on a GPU these must be flags that stages
+allow (:mod:`vllm_ficoco.engine.checks`); "off, on a server with stages" against "off" is then what
+stages cost that nobody uses. To time stages of reduction the host must wait for the device around
+each: on a GPU that is done in a round of its own, of which nothing else is taken.
 """
 
 from __future__ import annotations
@@ -64,6 +72,8 @@ POOL = 4 * 2**30
 """Bytes of KV cache that requests are counted into."""
 STOCK, OFF, STAGED_OFF = "stock vLLM", "off", "off, on a server with stages"
 
+ENGINE_OPTIONS = ("attention_backend", "cudagraph_mode", "compilation_mode")
+
 Answer = dict[str, Any]
 
 
@@ -75,12 +85,20 @@ class Probe:
         dtype: of weights and cache.
         starts: first layers of the decoder's stages; none for vLLM's own scheduler and cache.
         batch: requests that must fit into one step.
-        eager: no torch.compile and no CUDA graphs.
         kind: the model's family.
+        cpu_time: count the process's CPU seconds: of one thread on a machine that others use, too.
+        options: of ``vllm.LLM``.
     """
 
     def __init__(
-        self, model: str, dtype: str, starts: Sequence[int], batch: int, eager: bool, kind: Family
+        self,
+        model: str,
+        dtype: str,
+        starts: Sequence[int],
+        batch: int,
+        kind: Family,
+        cpu_time: bool,
+        options: dict[str, Any],
     ) -> None:
         import torch
 
@@ -88,15 +106,10 @@ class Probe:
         from vllm import LLM
 
         gpu = torch.cuda.is_available()
-        options: dict[str, Any] = {} if gpu else {"block_size": 32}  # the least on a CPU
+        options = {**options, **({} if gpu else {"block_size": 32, "enforce_eager": True})}
         if starts:
             options["scheduler_cls"] = SCHEDULER
             options["hf_overrides"] = {"reduction_stages": list(starts)}
-            if gpu:
-                eager = True
-                options["attention_config"] = {"backend": "TRITON_ATTN"}
-        if gpu:
-            options["gpu_memory_utilization"] = 0.3  # three engines share it
         self.kind, context = kind, kind.context
         self.engine = LLM(
             model=model,
@@ -107,21 +120,22 @@ class Probe:
             max_num_batched_tokens=context * max(batch, 2),
             limit_mm_per_prompt={"image": 1},
             enable_prefix_caching=False,
-            enforce_eager=eager or not gpu,
             async_scheduling=False,  # an output is then of the step that made it
             **options,
         ).llm_engine
         self.wait: Callable[[], None] = torch.cuda.synchronize if gpu else lambda: None
         self.memory = GPUMemory() if gpu else CPUMemory()
         self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self.clock = time.process_time if cpu_time else time.perf_counter
         self.spent: Counter[str] = Counter()
+        self.timed_stages = True
         model_ = self.engine.model_executor.driver_worker.worker.model_runner.model
         self._time(model_, "embed_multimodal", "tower_s")
         self._time(model_, "forward", "prefill_s")
         if tower := getattr(model_, "reducing_tower", None):
-            tower.timer = lambda _: self._timed("reduction_s")
+            tower.timer = lambda _: self._timed("tower_reduction_s")
         if decoder := getattr(model_, "staged_decoder", None):
-            self._time(decoder, "_reduce", "reduction_s")
+            self._time(decoder, "_reduce", "decoder_reduction_s")
 
     def _time(self, owner: Any, name: str, kind: str) -> None:
         run = getattr(owner, name)
@@ -134,22 +148,26 @@ class Probe:
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:
+        if "reduction" in kind and not self.timed_stages:
+            yield
+            return
         self.wait()
-        start = time.perf_counter()
+        start = self.clock()
         yield
         self.wait()
-        self.spent[kind] += time.perf_counter() - start
+        self.spent[kind] += self.clock() - start
 
     def __call__(self, asked: dict[str, Any]) -> Answer:
         """Serves a batch.
 
         Args:
-            asked: ``seed``, ``batch``, ``tokens`` of each answer, and ``reduction`` or None.
+            asked: ``seed``, ``batch``, ``tokens`` of each answer, ``reduction`` or None, and
+                whether to time its ``stages``.
 
         Returns:
-            Seconds of tower, reduction (its share of tower and prefill) and prefill, of the whole
-            batch; ``ttft_s`` of every request; ``decode_s`` of a step; ``kv_bytes`` of a request;
-            rows of every decoder layer; KV blocks held and computed; ``peak_bytes``.
+            Seconds of tower and prefill and, where asked, of the reduction within each, of the
+            whole batch; ``ttft_s`` of every request; ``decode_s`` of a step; ``kv_bytes`` of a
+            request; rows of every decoder layer; KV blocks held and computed; ``peak_bytes``.
         """
         from vllm import SamplingParams
 
@@ -162,16 +180,17 @@ class Probe:
         kind = self.kind
         requests = prompts(asked["seed"], asked["batch"], WORDS, kind.side, kind.image)
         self.spent.clear()
+        self.timed_stages = asked["stages"]
         self.memory.start()
         answer: Answer = {}
-        begin, first, steps = time.perf_counter(), dict[str, float](), list[float]()
+        begin, first, steps = self.clock(), dict[str, float](), list[float]()
         for number, request in enumerate(requests):
             self.engine.add_request(f"{asked['seed']}-{number}", {**request, **extra}, params)
         layout = self.layout()
         while self.engine.has_unfinished_requests():
-            start = time.perf_counter()
+            start = self.clock()
             outputs = self.engine.step()
-            end = time.perf_counter()
+            end = self.clock()
             if len(first) == asked["batch"]:
                 steps.append(end - start)
                 continue
@@ -182,7 +201,8 @@ class Probe:
                 answer["peak_bytes"] = self.memory.peak()
                 answer["kv_bytes"] = self.held_bytes() / asked["batch"]
         return {
-            "reduction_s": 0.0,
+            "tower_reduction_s": 0.0,
+            "decoder_reduction_s": 0.0,
             **answer,
             **layout,
             "ttft_s": median(first.values()),
@@ -359,6 +379,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     image = layout(args.decoder, places.grid[0])
     every = list(settings(places, args.methods, args.budgets, image))
     staged = any(engine == "staged" for _, engine, _ in every)
+    if staged and args.cudagraph_mode is None:
+        args.cudagraph_mode = "FULL_DECODE_ONLY"  # the most that stages allow
     asked: list[tuple[str, str, Reduction | None]] = [
         *([] if args.no_stock else [(STOCK, "stock", None)]),
         (OFF, "ours", None),
@@ -366,16 +388,20 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         *every,
     ]
     command = [__file__, "--probe", str(folder), "--dtype", args.dtype]
-    command += ["--batch", ",".join(map(str, args.batch)), *(["--eager"] if args.eager else [])]
-    command += ["--decoder", args.decoder]
+    command += ["--batch", ",".join(map(str, args.batch)), "--decoder", args.decoder]
+    command += [*(["--eager"] if args.eager else []), *(["--cpu-time"] if args.cpu_time else [])]
+    for name in ENGINE_OPTIONS:
+        if (value := getattr(args, name)) is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
     how: dict[str, tuple[list[str], str]] = {
         "stock": (["--stages", ""], ""),
         "ours": (["--stages", ""], "vllm_ficoco"),
         "staged": (["--stages", ",".join(map(str, args.stages))], "vllm_ficoco"),
     }
+    engines = dict.fromkeys(engine for _, engine, _ in asked)
+    command += ["--memory", f"{0.9 / len(engines):.2f}"]  # of a GPU, which they share
     children = {
-        engine: Child(*command, *how[engine][0], VLLM_PLUGINS=how[engine][1])
-        for engine in dict.fromkeys(engine for _, engine, _ in asked)
+        engine: Child(*command, *how[engine][0], VLLM_PLUGINS=how[engine][1]) for engine in engines
     }
     element = {"float32": 4}.get(args.dtype, 2)
     decoder = cost_of(config.text_config, element)
@@ -393,6 +419,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "dtype": args.dtype,
             "stages": args.stages,
             "eager": args.eager,
+            "cpu_time": args.cpu_time,
+            **{name: getattr(args, name) for name in ENGINE_OPTIONS},
             "kv_cache_bytes_per_token": decoder.kv_bytes_per_token,
         },
         "tower_flops": {name: flops_of_tower(reduction) for name, _, reduction in asked},
@@ -401,12 +429,16 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     seed = time.time_ns() % 2**31
     # Not measured: what a first request sets up; on a GPU that is kernels for every shape.
     warm_up = asked if results["conditions"]["gpu"] else [a for a in asked if a[2] is None]
-    total = (args.rounds * len(asked) + len(warm_up)) * len(args.batch)
+    # On a CPU to time stages costs nothing, on a GPU a round more.
+    apart = results["conditions"]["gpu"]
+    rounds = args.rounds + apart
+    total = (rounds * len(asked) + len(warm_up)) * len(args.batch)
     with tqdm(total=total, unit="batch") as bar:
-        for number in range(args.rounds + 1):
+        for number in range(rounds + 1):
             here: dict[str, dict[str, Answer]] = {}
-            first = number * len(asked) // max(args.rounds, 1)  # another one in every round
+            first = number * len(asked) // max(rounds, 1)  # another one in every round
             turned = asked[first:] + asked[:first] if number else warm_up
+            stages = number > args.rounds or not apart
             for batch in args.batch:
                 answers = here[str(batch)] = {}
                 for name, engine, reduction in turned:
@@ -414,13 +446,16 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     seed += 1
                     given = reduction.model_dump() if reduction else None
                     question = {"seed": seed, "batch": batch, "tokens": args.tokens}
-                    answer = children[engine]({**question, "reduction": given})
+                    answer = children[engine]({**question, "reduction": given, "stages": stages})
                     answer["prefill_flops"] = prefill_flops(answer["rows"], decoder)
                     answer["decode_bytes"] = decode_bytes(answer["rows"], decoder, batch)
                     answers[name] = answer
                     bar.update()
-            if number:
+            if stages and apart:
+                results["stages"] = here
+            if 0 < number <= args.rounds:
                 results["rounds"].append(here)
+            if number:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(results))
     for child in children.values():
@@ -441,6 +476,7 @@ TIMES = (
     "speed-up",
     "ideal",
     "of ideal",
+    "reduction / prefill",
     "TTFT, ms",
     "of off",
     "decode step, ms",
@@ -468,7 +504,13 @@ def spread(ratios: Sequence[float]) -> str:
     return f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
-def times_of(name: str, mine: Sequence[Answer], off: Sequence[Answer], tower: float) -> list[str]:
+def times_of(
+    name: str,
+    mine: Sequence[Answer],
+    off: Sequence[Answer],
+    tower: float,
+    stages: tuple[Sequence[Answer], Sequence[Answer]],
+) -> list[str]:
     """A row of the table of times.
 
     Args:
@@ -476,6 +518,7 @@ def times_of(name: str, mine: Sequence[Answer], off: Sequence[Answer], tower: fl
         mine: its answers, one a round.
         off: those with reduction off, of the same rounds.
         tower: FLOPs of its tower over those of off.
+        stages: both, of rounds in which stages of reduction were timed.
     """
 
     def against(key: str) -> list[float]:
@@ -483,17 +526,21 @@ def times_of(name: str, mine: Sequence[Answer], off: Sequence[Answer], tower: fl
 
     speed_up = median(1 / ratio for ratio in against("prefill_s"))
     ideal = off[0]["prefill_flops"] / mine[0]["prefill_flops"]
-    share = median(m["reduction_s"] / o["tower_s"] for m, o in zip(mine, off, strict=True))
+    of_ideal = [1 / ratio / ideal for ratio in against("prefill_s")]
+    timed = list(zip(*stages, strict=True))
+    in_tower = median(m["tower_reduction_s"] / o["tower_s"] for m, o in timed)
+    in_prefill = median(m["decoder_reduction_s"] / m["prefill_s"] for m, _ in timed)
     return [
         name,
         ms(mine, "tower_s"),
         spread(against("tower_s")),
         f"{tower:.3f}",
-        f"{share:.4f}",
+        f"{in_tower:.4f}",
         ms(mine, "prefill_s"),
         f"{speed_up:.2f}",
         f"{ideal:.2f}",
-        f"{speed_up / ideal:.2f}",
+        spread(of_ideal),
+        f"{in_prefill:.4f}",
         ms(mine, "ttft_s"),
         spread(against("ttft_s")),
         ms(mine, "decode_s"),
@@ -531,7 +578,12 @@ def report(results: dict[str, Any]) -> str:
         times, memory = [TIMES], [MEMORY]
         for name in flops:
             mine, off = ([r[batch][which] for r in rounds] for which in (name, OFF))
-            times.append(times_of(name, mine, off, flops[name] / flops[OFF]))
+            # Stages are timed in every round, or in one of their own.
+            timed = [results["stages"]] if "stages" in results else rounds
+            mine_timed, off_timed = ([r[batch][which] for r in timed] for which in (name, OFF))
+            times.append(
+                times_of(name, mine, off, flops[name] / flops[OFF], (mine_timed, off_timed))
+            )
             memory.append(memory_of(name, mine, off))
         parts += [f"### {batch} at once", table(times), table(memory)]
     return "\n\n".join(parts) + "\n"
@@ -551,6 +603,26 @@ def known(text: str) -> list[str]:
     return names
 
 
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of a run say to ``vllm.LLM``, the same of every engine; nothing on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    modes = {"cudagraph_mode": args.cudagraph_mode, "mode": args.compilation_mode}
+    given = {name: value for name, value in modes.items() if value is not None}
+    return {
+        "enforce_eager": args.eager,
+        "gpu_memory_utilization": args.memory,
+        **({"compilation_config": given} if given and not args.eager else {}),
+        **(
+            {"attention_config": {"backend": args.attention_backend}}
+            if args.attention_backend
+            else {}
+        ),
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python benchmarks/budgets.py``."""
     names = [name for name in METHODS if name != NO_REDUCTION]
@@ -565,14 +637,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--tokens", type=int, default=8, help="of every answer")
     add("--rounds", type=int, default=3)
     add("--eager", action="store_true", help="no torch.compile and no CUDA graphs on a GPU")
+    add("--attention-backend", help="of every engine on a GPU, as vLLM names it")
+    add("--cudagraph-mode", help="of every engine; FULL_DECODE_ONLY where there are stages")
+    add("--compilation-mode", type=int, help="of every engine on a GPU, as vLLM counts them")
+    add("--cpu-time", action="store_true", help="CPU seconds of the process: a shared machine's")
     add("--no-stock", action="store_true", help="an engine less, where memory is short")
     add("--out", type=Path, default=Path("reports/budgets.json"))
     add("--probe", help=argparse.SUPPRESS)
+    add("--memory", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     environment()
     if args.probe:
-        kind = family(args.decoder)
-        serve(Probe(args.probe, args.dtype, args.stages, max(args.batch), args.eager, kind))
+        where = args.dtype, args.stages, max(args.batch), family(args.decoder), args.cpu_time
+        serve(Probe(args.probe, *where, options_of(args)))
         return
     with tempfile.TemporaryDirectory() as folder:
         print("\n" + report(measure(args, Path(folder))))

@@ -73,6 +73,7 @@ QWEN_TOWER = {
 
 DECODERS = {
     "1b": decoder(20, 2048, 5504, 16),
+    "1b-cut": decoder(20, 2048, 5504, 16),
     "llava-1.5-7b": decoder(32, 4096, 11008, 32),
     "llava-1.5-13b": decoder(40, 5120, 13824, 40),
     "llava-next-cut": decoder(8, 1024, 2816, 8),
@@ -82,7 +83,7 @@ DECODERS = {
 }
 """Behind LLaVA-1.5's tower, LLaVA-NeXT's, which is the same and runs for every tile, or
 Qwen2.5-VL's. Those that are cut down are for CPUs, where the prefill still takes most of the time
-to first token."""
+to first token; of 1b-cut that is the tower alone."""
 
 TILINGS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
 """LLaVA-NeXT's, rows and columns of tiles."""
@@ -124,6 +125,7 @@ def layout(name: str, side: int) -> Layout:
 def geometry(name: str) -> tuple[dict[str, int], dict[str, int]]:
     """What :func:`checkpoint` needs for one of :data:`DECODERS`, or for the shipped model's own."""
     towers = {
+        "1b-cut": CUT_TOWER,
         "llava-next-cut": CUT_TOWER,
         "qwen2.5-vl-cut": QWEN_CUT_TOWER,
         "qwen2.5-vl-7b": QWEN_TOWER,

@@ -6,11 +6,13 @@
     python benchmarks/overhead.py tower   # the tower with each method, beside vLLM's own
     python benchmarks/overhead.py stages  # decode steps with decoder stages that nobody uses
     python benchmarks/overhead.py images  # a stream while a prompt of many reduced images comes
+    python benchmarks/overhead.py front   # CPU time of the API server's process for a request
 
 ``off`` takes the shipped model, whose forward passes are short, so that what the plugin adds per
 request shows most. ``tower`` takes LLaVA-1.5's: CLIP-L at 336 px, 576 tokens, 23 layers, random
 weights. ``stages`` takes a decoder of 32 small layers. ``images`` takes the shipped model, with
-vLLM's encoder cache manager and with ours. What is compared runs interleaved in one
+vLLM's encoder cache manager and with ours. ``front`` takes the shipped model, too, and needs Linux
+(:mod:`front`). What is compared runs interleaved in one
 run; medians of the rounds and their spread are printed, and ratios are what to quote.
 """
 
@@ -39,6 +41,7 @@ from engines import (
     prompts,
     serve,
 )
+from front import front
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.models.config import ENCODER_CACHE_MANAGER
 from vllm_ficoco.schedule import parts, spans
@@ -303,8 +306,9 @@ def tower(folder: Path, rounds: int, batch: int, dtype: str, methods: list[str])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = ["off", "tower", "stages", "images", "batch-child", "decode-child", "stream-child"]
-    parser.add_argument("what", choices=commands, metavar="{off,tower,stages,images}")
+    commands = ["off", "tower", "stages", "images", "front"]
+    commands += ["batch-child", "decode-child", "stream-child"]
+    parser.add_argument("what", choices=commands, metavar="{off,tower,stages,images,front}")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16", help="of the tower (CPUs may lack bf16)")
@@ -326,6 +330,8 @@ def main() -> None:
             off(args.rounds, Path(folder) if args.native else None)
     elif args.what == "images":
         images(args.rounds)
+    elif args.what == "front":
+        front(args.rounds)
     else:
         with tempfile.TemporaryDirectory() as folder:
             if args.what == "stages":

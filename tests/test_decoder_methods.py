@@ -21,6 +21,7 @@ from vllm_ficoco.methods.sparsevlm import raters
 
 ELSEWHERE = ("before", "entered", "final_norm")
 SIDE, HEADS, GROUPS, SIZE, WIDTH = 6, 4, 2, 8, 16
+NOTHING, QUERIES, KEYS, VALUES = set[int](), {0}, {1}, {2}
 DECODER = [name for name, method in METHODS.items() if method.decoder]
 CASES = {
     **{name: (name, {}) for name in DECODER},
@@ -157,6 +158,44 @@ def test_vitcop_finds_clusters_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vitcop, "clusters", watched)
     reduced(Seen(2, 30, 4), "vitcop", {}, 20, slice(None))
     assert found == [2]
+
+
+READS: dict[str, tuple[set[int], set[int]]] = {
+    "k-norm": (KEYS, NOTHING),
+    "v-norm": (VALUES, NOTHING),
+    "vitcop": (KEYS, NOTHING),
+    "dart": (NOTHING, NOTHING),
+    "random-decoder": (NOTHING, NOTHING),
+    "fitprune": (QUERIES | KEYS, QUERIES),
+    "ficoco-l": (QUERIES | KEYS, QUERIES),
+    "ficoco-vl": (QUERIES | KEYS, QUERIES),
+}
+"""Of the image and of the text; of all others the image's keys and the text's queries."""
+
+
+@pytest.mark.parametrize("name", DECODER)
+def test_a_method_asks_for_no_more_than_it_reads(name: str) -> None:
+    """A projection of all the image's tokens is most of what a stage costs."""
+
+    class Asked(tuple[Tensor, ...]):
+        def __iter__(self) -> Any:
+            raise AssertionError("all three at once")
+
+        def __getitem__(self, which: Any) -> Any:
+            asked.add(which)
+            return super().__getitem__(which)
+
+    seen, method, read = Seen(2, 30, 4), METHODS[name], list[set[int]]()
+    assert method.decoder is not None
+    evidence = seen.evidence(slice(None))
+    looks = evidence.look_at_image, evidence.look_at_text
+    for place, field in enumerate(("look_at_image", "look_at_text")):
+        asked = set[int]()
+        spied = replace(evidence, **{field: lambda: Asked(looks[place]())})  # noqa: B023
+        steps = method.decoder.steps[0]
+        reduce(steps, seen.tokens_of(slice(None)), spied, 9, method.options())
+        read.append(asked)
+    assert tuple(read) == READS.get(name, (KEYS, QUERIES))
 
 
 @pytest.mark.parametrize("name", DECODER)

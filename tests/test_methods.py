@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.reference import methods as reference
-from tests.waiting import NoWaiting
+from tests.waiting import NothingFromTheHost, NoWaiting
 from vllm_ficoco.methods import METHODS, Evidence, Tokens, greedy, paradigm, random
 from vllm_ficoco.methods.ficoco_v import local_penalty
 from vllm_ficoco.methods.paradigm import quantile_of_blocks, quantile_per_row
@@ -937,6 +937,51 @@ def test_random_is_even() -> None:
     assert (often - batch * keep / n).abs().max() < 100
 
 
+# --- Rows of a batch ----------------------------------------------------------------------------
+
+WHOLE = torch.randn(3, 11, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        WHOLE,
+        WHOLE[:, 1:],
+        WHOLE[:1, 1:],
+        WHOLE[:, 4:5],
+        WHOLE[..., :1],
+        WHOLE[..., 2:6],
+        WHOLE.chunk(2, -1)[1][:, 1:],
+        WHOLE.unflatten(-1, (2, 4)).transpose(1, 2)[:, 1],
+        WHOLE.transpose(0, 1),
+        WHOLE.transpose(1, 2),
+        WHOLE[:1].expand(3, -1, -1),
+        WHOLE[:, :1].expand(-1, 11, -1),
+        WHOLE[..., :1].expand(-1, -1, 5),
+    ],
+)
+def test_rows_are_those_of_the_index_however_they_lie(x: Tensor) -> None:
+    index = torch.randint(x.shape[1], (len(x), 7), generator=torch.Generator().manual_seed(1))
+    want = torch.stack([of[rows] for of, rows in zip(x, index, strict=True)])
+    for _ in range(2):
+        assert torch.equal(paradigm.take(x, index), want)
+
+
+def test_where_rows_lie_is_worked_out_once() -> None:
+    index, seen = torch.tensor([[0, 2], [1, 2]]), []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name().removeprefix("aten::"))
+            return func(*args, **(kwargs or {}))
+
+    for part in WHOLE[:2, 1:], WHOLE[:2, :-1]:  # hidden states, queries and keys
+        paradigm.take(part, index)
+        with Seen():
+            paradigm.take(part, index)
+    assert {name.split(".")[0] for name in seen} == {"as_strided", "index_select", "view"}
+
+
 # --- The host must not wait ---------------------------------------------------------------------
 
 
@@ -979,6 +1024,42 @@ def test_the_host_does_not_wait(
     evidence = evidence_at(0, (6, 6), 36, 2, has_cls, unit=unit)
     with NoWaiting():
         reduce(row, options, tokens, evidence, 20)
+
+
+def test_the_guard_sees_what_comes_from_the_host() -> None:
+    there = torch.ones(3, device="meta")
+    for bring in (
+        lambda: there + torch.ones(()),
+        lambda: there[torch.tensor([0, 1])],
+        lambda: torch.ones(2).to("meta"),
+        lambda: paradigm.on_device([1, 2], there.device),
+    ):
+        with pytest.raises((AssertionError, RuntimeError)), NothingFromTheHost():
+            bring()
+
+
+@pytest.mark.parametrize(
+    ("row", "options"), [p for p in VARIANTS if METHODS[p.values[0].method].fits_a_graph]
+)
+def test_a_graph_holds_all_of_a_method(row: Row, options: dict) -> None:
+    """Those of which the tower keeps CUDA graphs: from their input on, they stay on the device."""
+    tokens, evidence = Tokens.of(images(2, 36, 0)), evidence_at(0, (6, 6), 36, 2)
+    there = Tokens(*(x.to("meta") for x in tokens.tensors))
+    proof = replace(
+        evidence,
+        query=evidence.query.to("meta"),
+        key=evidence.key.to("meta"),
+        pixels=evidence.pixels.to("meta"),
+    )
+    with NothingFromTheHost():
+        reduce(row, options, there, proof, 20)
+
+
+def test_which_methods_fit_a_graph() -> None:
+    """What reads the question does not, and of what has a part in the decoder nothing does."""
+    fit = {name for name, method in METHODS.items() if method.fits_a_graph}
+    rows = {row.method for row in MATRIX}
+    assert fit == rows - AND_IN_THE_DECODER - {"cdpruner", "recoverable"} | {"none"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -658,3 +658,25 @@ def test_names_of_what_was_chosen() -> None:
     assert [auto.rung_name(budget, tokens) for tokens, budget in named] == [
         *("N", "N/3", "64", "N/9", "N", "N/3", "7")
     ]
+
+
+def test_a_copy_has_a_key_of_its_own() -> None:
+    """A key is made once for an object; a changed copy must not be found by it in a cache."""
+    one = Reduction(method="score", budget=16)
+    assert one.key
+    other = one.model_copy(update={"budget": 32})
+    assert other.key == Reduction(method="score", budget=32).key != one.key
+    assert other != one and {one: 1}.get(other) is None
+    assert one == Reduction(method="score", budget=16)  # one of which the key was asked
+    assert Reduction.parse({"budget": 16}) == Reduction.of_budget(16)
+
+
+@pytest.mark.parametrize("budget", [True, 16.0, "16"])
+def test_settings_that_are_known_do_not_let_others_pass(budget: object) -> None:
+    """Objects are shared between requests that say the same, and these only compare equal."""
+    Reduction.parse({"budget": 16})
+    Reduction.parse({"budget": 1})
+    with pytest.raises(SettingsError):
+        Reduction.parse({"budget": budget})
+    with pytest.raises(SettingsError):
+        Reduction.of_budget(budget)

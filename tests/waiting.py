@@ -87,3 +87,17 @@ class NoWaiting(TorchDispatchMode):
             return original(tensor, *args, **kwargs)
 
         return waits
+
+
+class NothingFromTheHost(NoWaiting):
+    """Refuses what a CUDA graph cannot hold, of code that is given tensors of the device "meta".
+
+    The memory of the host from which something is copied may be gone when the graph is replayed.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        for x in tree_leaves((args, kwargs, result)):
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu":
+                raise AssertionError(f"{func.name()} has something from the host")
+        return result

@@ -55,7 +55,7 @@ def unpack(packed: torch.Tensor) -> Packed:
     Raises:
         ValueError: it did not write that.
     """
-    return _parse(bytes(packed.tolist()))
+    return parse(bytes(packed.tolist()))
 
 
 def packed_of(data: Mapping[str, Any] | None) -> Packed:
@@ -65,7 +65,8 @@ def packed_of(data: Mapping[str, Any] | None) -> Packed:
 
 
 @lru_cache(maxsize=4096)  # the images of a batch mostly have few different settings
-def _parse(raw: bytes) -> Packed:
+def parse(raw: bytes) -> Packed:
+    """The same of the tensor's bytes."""
     *more, layout, reduction = ["", "", *raw.decode().split("\n")][-3:]
     question = json.loads(more[0]) if more[0] else []
     if not isinstance(question, list) or not all(type(word) is int for word in question):

@@ -35,6 +35,8 @@ _BUDGET_RANGE = f"a whole number from 1 to {MAX_BUDGET}, or {AUTO!r}"
 _MOST_ENTRIES = 1000
 """In settings, which name a few options and at most a number for every layer of a decoder."""
 
+_USUAL = frozenset({"method", "budget", "options"})
+
 NO_REDUCTION = "none"
 """The method that keeps every token."""
 
@@ -188,8 +190,12 @@ class Reduction(BaseModel):
             raise SettingsError(field, value, "an object with method, budget and options")
         check_size(value, field)
         given = {k: v for k, v in value.items() if v is not None}
+        budget, method = given.get("budget"), given.get("method", DEFAULT_METHOD)
+        usual = type(budget) is int and type(method) is str and not given.keys() - _USUAL
         try:
-            if not _is_auto(given.get("budget")):
+            if cls is Reduction and usual and given.get("options", {}) == {}:
+                return _without_options(method, budget)
+            if not _is_auto(budget):
                 return cls.model_validate(given)
             options = given.get("options")
             if isinstance(options, Mapping) and options.get("tokens") is not None:
@@ -215,7 +221,7 @@ class Reduction(BaseModel):
             return AutoBudget()
         if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= MAX_BUDGET:
             raise SettingsError(field, budget, _BUDGET_RANGE)
-        return cls(budget=budget)
+        return _without_options(DEFAULT_METHOD, int(budget))
 
     @property
     def spec(self) -> Method:
@@ -225,7 +231,18 @@ class Reduction(BaseModel):
     @property
     def key(self) -> str:
         """Canonical JSON: one spelling for one meaning, fit for a cache key."""
-        return json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
+        # Under a name that pydantic takes for no field; a request asks for it a dozen times.
+        known: str | None = self.__dict__.get("_key")
+        if known is None:
+            known = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
+            self.__dict__["_key"] = known
+        return known
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's; a copy has a key of its own."""
+        made = super().model_copy(update=update, deep=deep)
+        made.__dict__.pop("_key", None)
+        return made
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -243,6 +260,31 @@ class Reduction(BaseModel):
     def parsed_options(self) -> Any:
         """The options as the method's own model."""
         return self.spec.options.model_validate(self.options)
+
+
+def declared(text: str) -> tuple[str, Fraction | int]:
+    """What is reduced in CUDA graphs: a method and a budget, a number or a share of the tokens.
+
+    Args:
+        text: ``score@64`` or ``score@1/9``; the method's options are the default ones.
+
+    Raises:
+        ValueError: it is not that; says what is allowed.
+    """
+    method, _, budget = text.partition("@")
+    able = [n for n, spec in METHODS.items() if spec.fits_a_graph and n != NO_REDUCTION]
+    if method not in able:
+        raise ValueError(
+            "METHOD@TOKENS, as in score@64 or score@1/9, with one of the methods "
+            f"{', '.join(able)} (others read the question or have a part in the decoder)"
+        )
+    if budget.isdecimal() and 1 <= int(budget) <= MAX_BUDGET:
+        return method, int(budget)
+    try:
+        return method, schedule.rung(budget)
+    except ValueError:
+        words = f"a whole number from 1 to {MAX_BUDGET} or a share such as 1/9"
+        raise ValueError(f"METHOD@TOKENS with {words} behind the @") from None
 
 
 class Waiting(Reduction):
@@ -350,6 +392,16 @@ class Lowered(OfLadder):
         whole = min(self.above or tokens, tokens)
         below = [count for count in self.ladder(tokens) if count < whole]
         return [*below[:1], whole]
+
+
+@lru_cache(maxsize=1024)
+def _without_options(method: str, budget: int) -> Reduction:
+    """A method at a budget: the same object every time, because most requests say the same.
+
+    Raises:
+        ValidationError: they cannot be used.
+    """
+    return Reduction(method=method, budget=budget)
 
 
 @lru_cache

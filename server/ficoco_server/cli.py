@@ -45,6 +45,7 @@ FLAGS = (
     ("low-budget", "TOKENS", 'budget of "detail": "low" (default: a ninth of the tokens)'),
     ("high-budget", "TOKENS", 'budget of "detail": "high" (default: no reduction)'),
     ("auto-budgets", "LIST", "among which auto chooses (default: 1,1/3,2/9,1/9 of the tokens)"),
+    ("graphs", "LIST", "settings in CUDA graphs of LLaVA-1.5's tower, as in score@64,score@1/9"),
     ("pressure", "HIGH:LOW", "loads at which budgets begin and end to yield (default: never)"),
 )  # fmt: skip
 
@@ -221,6 +222,7 @@ def _parse(
         args.hf_overrides = {**(args.hf_overrides or {}), STAGES_KEY: list(stages)}
         if args.block_size is None and current_platform.is_cpu():
             args.block_size = 32  # vLLM's choice for CPUs, 128, is most of an image
+    _name_graphs(args)
     configure_logging_from_args(args)
     if stages:
         _for_stages_on_gpus(args)
@@ -241,6 +243,19 @@ def _for_stages_on_gpus(args: argparse.Namespace) -> None:
         init_logger("vllm.ficoco_server").info(
             "decoder stages: --attention-backend %s", args.attention_backend
         )
+
+
+def _name_graphs(args: Any) -> None:
+    """Tell the engine which settings' images run in CUDA graphs, where somebody asks for these.
+
+    It says in its log what it makes of them (:func:`vllm_ficoco.models.config.settle_graphs`).
+    """
+    from ficoco_server.policy import Policy
+    from vllm_ficoco.vision.geometry import GRAPHS_KEY
+
+    policy = Policy.from_environment()
+    if policy.graphs or args.compilation_config.cudagraph_mm_encoder:
+        args.hf_overrides = {GRAPHS_KEY: policy.graphed(), **(args.hf_overrides or {})}
 
 
 def _resolve_tiny(args: Any) -> None:

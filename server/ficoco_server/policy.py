@@ -27,6 +27,7 @@ from vllm_ficoco.settings import (
     Reduction,
     SettingsError,
     ShareOfTokens,
+    declared,
 )
 from vllm_ficoco.vision.geometry import Geometry
 from vllm_ficoco.vision.layout import Layout
@@ -88,6 +89,8 @@ class Policy(BaseModel):
     """Budget of ``detail: high``; by default no reduction."""
     auto_budgets: tuple[str, ...] = AUTO_BUDGETS
     """Among which ``auto`` chooses, descending: shares of an image's tokens or numbers of them."""
+    graphs: tuple[str, ...] = ()
+    """Settings whose images run in CUDA graphs of the tower, see :func:`settings.declared`."""
     pressure: Marks | None = None
     """Loads at which budgets that nobody has said begin and end to yield; by default never."""
 
@@ -109,6 +112,8 @@ class Policy(BaseModel):
                 given[name] = tuple(part.strip() for part in text.split(",") if part.strip())
             elif name == "auto_budgets":
                 given[name] = _rungs(name, text)
+            elif name == "graphs":
+                given[name] = _declared(name, text)
             elif name == "default_method":
                 given[name] = text
             elif name == "pressure":
@@ -154,6 +159,19 @@ class Policy(BaseModel):
                 raise PolicyError(
                     f"the {name.replace('_', ' ')} {value} ({_names(name)}) is outside of the "
                     f"server's own limits, {self.min_budget} to {limit}"
+                )
+
+        for text in self.graphs:
+            method, budget = declared(text)
+            if method not in self.methods:
+                raise PolicyError(
+                    f"{text} ({_names('graphs')}) is by a method that is not among the allowed "
+                    f"ones: {', '.join(self.methods)} ({_names('methods')})"
+                )
+            if isinstance(budget, int) and not self.min_budget <= budget <= limit:
+                raise PolicyError(
+                    f"{text} ({_names('graphs')}) is outside of the server's own limits, "
+                    f"{self.min_budget} to {limit}"
                 )
 
     def check_model(self, geometry: Geometry, largest: Layout | None = None) -> None:
@@ -207,6 +225,33 @@ class Policy(BaseModel):
                     f"default method {self.default_method!r} on this model: it must be "
                     f"{error.allowed}"
                 ) from None
+
+        for text in self.graphs if not geometry.by_image else ():
+            method, rung = declared(text)
+            (budget,) = schedule.ladder(geometry.tokens, [rung])
+            try:
+                geometry.parts(Reduction(method=method, budget=budget))
+            except SettingsError as error:
+                raise PolicyError(
+                    f"{text} ({_names('graphs')}) is not possible with this model: the budget "
+                    f"must be {error.allowed}"
+                ) from None
+
+    def graphed(self) -> list[str]:
+        """What :data:`GRAPHS_KEY` of the model's configuration says: the settings of
+        ``graphs``, and those that images get by themselves or by a word (default, low, auto)."""
+        method, own = self.default_method, list[str]()
+        if METHODS[method].fits_a_graph:
+            budgets = (
+                self.default_budget if self.default_budget != AUTO else None,
+                self.low_budget or f"1/{LOW_SHARE}",
+                *self.auto_budgets,
+                # What shares of the tokens that are outside of the limits become.
+                self.min_budget if self.min_budget > 1 else None,
+                self.max_budget,
+            )
+            own = [f"{method}@{budget}" for budget in budgets if budget not in (None, "1")]
+        return list(dict.fromkeys([*self.graphs, *own]))
 
     def auto(self) -> AutoBudget:
         """Budget of an image that asks for ``auto``."""
@@ -268,6 +313,16 @@ def _budget(name: str, text: str) -> int:
         auto = f", or {AUTO!r}" if name == "default_budget" else ""
         raise _wrong(name, text, f"a whole number from 1 to {MAX_BUDGET}{auto}")
     return budget
+
+
+def _declared(name: str, text: str) -> tuple[str, ...]:
+    entries = tuple(part.strip() for part in text.split(",") if part.strip())
+    for entry in entries:
+        try:
+            declared(entry)
+        except ValueError as error:
+            raise _wrong(name, text, f"a list, with commas, of which each is {error}") from None
+    return entries
 
 
 def _rungs(name: str, text: str) -> tuple[str, ...]:

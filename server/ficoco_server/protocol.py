@@ -8,6 +8,7 @@ settings of the images are picked from the raw body first; :mod:`ficoco_server.r
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import chain, islice
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -61,7 +62,7 @@ class ReductionFields(BaseModel):
         Field(default=None, description="Method, budget and options; see GET /v1/reduction.")
     )
 
-    _asked: Asked = PrivateAttr(default=Asked())
+    _asked: Asked = PrivateAttr(default_factory=Asked)  # a default would be copied, deeply
     _settled: list[Settled] = PrivateAttr(default_factory=list)
     _lowers: bool | None = PrivateAttr(default=None)
     """Whether budgets of its that nobody has said are a rung lower; None before that is decided."""
@@ -124,8 +125,11 @@ def meant(key: str) -> str | None:
     It differs by case, separators, or one letter left out, put in, exchanged or swapped with the
     next; but begins with the same one, because a deduction is no typing error.
     """
-    if len(key) > 30:
-        return None
+    return _meant(key) if len(key) <= 30 else None
+
+
+@lru_cache(maxsize=1024)  # most requests have the same keys
+def _meant(key: str) -> str | None:
     plain = "".join(filter(str.isalpha, key.lower()))
     if plain in _OTHER_WORDS:
         return None

@@ -7,6 +7,7 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -406,7 +407,7 @@ class Reducer:
                 for stage, count in zip(zip(*by_stage, strict=True), spans, strict=True)
                 for _ in range(count)
             ]
-            ratio = prefill_flops_ratio(of_layer, text + sum(before), self.decoder)
+            ratio = _flops_ratio(tuple(of_layer), text + sum(before), self.decoder)
         return {
             "method": methods.pop() if len(methods) == 1 else MIXED,
             "budget": budgets.pop() if len(budgets) == 1 else None,
@@ -535,6 +536,9 @@ class Reducer:
                 for method in METHODS.values()
             ],
         }
+
+
+_flops_ratio = lru_cache(maxsize=1024)(prefill_flops_ratio)
 
 
 def _refusal(request: ReductionFields, error: SettingsError) -> VLLMValidationError:

@@ -36,7 +36,7 @@ from ficoco_server.sent import remember_what_is_sent
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.models.processing import RefusedImage, RefusedPositions
 from vllm_ficoco.settings import REDUCTION_KEY, OfLadder, SettingsError
-from vllm_ficoco.vision.geometry import STAGES_KEY
+from vllm_ficoco.vision.geometry import GRAPHS_KEY, STAGES_KEY
 
 T = TypeVar("T")
 
@@ -59,6 +59,7 @@ def install(engine_client: Any, state: Any) -> None:
     reducer.pressure = watch(engine_client, policy)
     LOWERED.labels(policy.default_method)  # from the start, or a first increase would not be seen
     _check_stages(os.environ.get("FICOCO_STAGES", ""), reducer.geometry.starts)
+    _check_graphs(policy, engine_client.vllm_config.model_config.hf_config)
     chat = state.openai_serving_chat
     renderer = _adopt(ReductionRenderer, chat.online_renderer)
     renderer.reducer = reducer
@@ -85,6 +86,16 @@ def _check_stages(said: str, starts: Sequence[int]) -> None:
             f"FICOCO_STAGES={said}, but the decoder's stages are {stages or 'none'}: only "
             f"`vllm-ficoco serve` reads it; with `vllm serve`, give --scheduler-cls {SCHEDULER} "
             f"--hf-overrides '{{\"{STAGES_KEY}\": [{said}]}}' (and on a CPU --block-size 32)"
+        )
+
+
+def _check_graphs(policy: Policy, config: Any) -> None:
+    """Refuse to run where the engine has not heard of FICOCO_GRAPHS: our command alone reads it."""
+    if policy.graphs and not hasattr(config, GRAPHS_KEY):
+        said = json.dumps({GRAPHS_KEY: policy.graphed()})
+        raise PolicyError(
+            f"FICOCO_GRAPHS={','.join(policy.graphs)}, but the engine does not know: only "
+            f"`vllm-ficoco` reads it; with `vllm serve`, give --hf-overrides '{said}'"
         )
 
 

@@ -23,7 +23,8 @@ from vllm.platforms.cpu import CpuPlatform
 
 from vllm_ficoco.engine.attention import pattern_of
 
-SIZES = [1, 2, 4]
+SIZES = [1, 4]
+"""Rows of graphs: two requests run in one that is padded."""
 REPLAYS: list[int] = []
 """Rows of every replay."""
 

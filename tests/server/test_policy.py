@@ -98,6 +98,14 @@ def test_a_largest_budget_is_the_default_and_bounds_the_details() -> None:
         ({"auto_budgets": "1/3,2/6"}, ["descending, without repeating"]),
         ({"auto_budgets": "1,64,1/3,64"}, ["descending, without repeating"]),
         ({"auto_budgets": "2000000,5"}, ["no number above 1000000"]),
+        (
+            {"graphs": "score@64,fastest@64"},
+            ["FICOCO_GRAPHS", "--reduction-graphs", "METHOD@TOKENS, as in score@64", "tome"],
+        ),
+        ({"graphs": "score@1/0"}, ["'score@1/0'", "a share such as 1/9"]),
+        ({"graphs": "cdpruner@64"}, ["FICOCO_GRAPHS", "read the question"]),
+        ({"graphs": "tome@64", "methods": "score"}, ["tome@64", "allowed ones: score"]),
+        ({"graphs": "score@64", "max_budget": "63"}, ["score@64", "limits, 1 to 63"]),
     ],
 )
 def test_a_wrong_policy_stops_the_start(environment: dict[str, str], fragments: list[str]) -> None:
@@ -105,6 +113,30 @@ def test_a_wrong_policy_stops_the_start(environment: dict[str, str], fragments: 
         read(**environment)
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+def test_graphs_are_kept_for_what_is_named_and_what_images_get_by_themselves() -> None:
+    assert read().graphs == ()
+    assert read().graphed() == ["score@1/9", "score@1/3", "score@2/9"]
+    policy = read(
+        graphs="tome@64, score@1/3",
+        default_budget="100",
+        low_budget="20",
+        min_budget="10",
+        max_budget="200",
+        auto_budgets="1,150,1/3",
+    )
+    own = ["score@100", "score@20", "score@150", "score@10", "score@200"]
+    assert policy.graphed() == ["tome@64", "score@1/3", *own]
+    assert read(default_method="cdpruner", graphs="score@8").graphed() == ["score@8"]
+
+
+def test_a_graph_that_the_model_cannot_have_stops_the_start() -> None:
+    policy = read(graphs="tome@1/9")
+    policy.check_model(TINY)
+    policy.check_model(NATIVE, Layout((8, 8)))
+    with pytest.raises(PolicyError, match=r"tome@1/9 \(FICOCO_GRAPHS.*budget must be at least 36"):
+        policy.check_model(Geometry((12, 12), 2, True))
 
 
 def test_defaults_that_the_model_cannot_keep_stop_the_start() -> None:

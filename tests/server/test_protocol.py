@@ -35,7 +35,7 @@ from ficoco_server.protocol import (
     take_settings,
 )
 from ficoco_server.reducer import Reducer, _refuse_prompt_logprobs
-from ficoco_server.serving import _check_stages, _with_report
+from ficoco_server.serving import _check_graphs, _check_stages, _with_report
 from vllm_ficoco.cost import Decoder
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.models.processing import COUNTS_KEY, RefusedImage
@@ -966,6 +966,29 @@ def test_stages_on_a_gpu_set_only_what_they_need_and_was_not_said(
     args = started_with_stages(monkeypatch, flags)
     assert not args.enforce_eager and args.compilation_config.cudagraph_mode is None
     assert getattr(args.attention_backend, "name", args.attention_backend) == backend
+
+
+def test_settings_for_graphs_come_to_the_engine_where_somebody_asks_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def overrides(*flags: str) -> Any:
+        return started_with_stages(monkeypatch, list(flags)).hf_overrides
+
+    own = ["score@1/9", "score@1/3", "score@2/9"]
+    assert "reduction_graphs" not in overrides()
+    assert overrides("-cc.cudagraph_mm_encoder=true")["reduction_graphs"] == own
+    monkeypatch.setenv("FICOCO_GRAPHS", "tome@20")
+    assert overrides() == {"reduction_stages": [2, 4], "reduction_graphs": ["tome@20", *own]}
+    given = overrides('--hf-overrides={"reduction_graphs": ["evit@9"]}')
+    assert given["reduction_graphs"] == ["evit@9"]
+
+
+def test_graphs_that_plain_vllm_would_not_have_stop_the_start() -> None:
+    said, nothing = Policy(graphs=("tome@20",)), SimpleNamespace()
+    _check_graphs(Policy(), nothing)
+    _check_graphs(said, SimpleNamespace(reduction_graphs=["tome@20"]))
+    with pytest.raises(PolicyError, match=r'--hf-overrides .\{"reduction_graphs": \["tome@20"'):
+        _check_graphs(said, nothing)
 
 
 def test_stages_that_plain_vllm_would_not_have_stop_the_start() -> None:

@@ -8,6 +8,7 @@ image keeps in a stage follows from the rows that the attention metadata leave o
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_ficoco.engine.attention import Rows, Shared, enter_stage, watch_keys
+from vllm_ficoco.engine.projection import cut, parts_of
 from vllm_ficoco.engine.visual import Leaving, VisualTokens
 from vllm_ficoco.methods.decoding import DecoderEvidence
 from vllm_ficoco.methods.paradigm import EVIDENCE_BYTES, DecoderPart, Steps, Tokens, reduce
@@ -76,6 +78,44 @@ class Loss(NamedTuple):
     not look at it."""
 
 
+class Heads(Sequence[Tensor]):
+    """Queries, keys and values of some rows, each computed when it is first asked for.
+
+    Args:
+        attention: whose.
+        x: (B * m, D), what comes to it.
+        positions: (B * m,), or (3, B * m).
+        shape: (B, m).
+    """
+
+    def __init__(
+        self, attention: Any, x: Tensor, positions: Tensor, shape: tuple[int, ...]
+    ) -> None:
+        self.attention, self.positions, self.shape = attention, positions, shape
+        self.part = parts_of(attention, x)
+        self.known: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, which: Any) -> Any:
+        """(B, heads, m, d)"""
+        if which not in self.known:
+            self.known[which] = self._find(which)
+        return self.known[which]
+
+    def _find(self, which: int) -> Tensor:
+        attention, size = self.attention, self.attention.head_dim
+        found = self.part(which)
+        if which < 2:
+            if hasattr(attention, "q_norm"):  # Qwen3: of every head by itself
+                found = _by_head((attention.q_norm, attention.k_norm)[which], found, size)
+            # Some rotary embeddings want a key; one head is the least there can be.
+            rotated = found.contiguous()
+            found, _ = attention.rotary_emb(self.positions, rotated, rotated[:, :size].clone())
+        return found.unflatten(-1, (-1, size)).unflatten(0, self.shape).transpose(1, 2)
+
+
 NO_TEXT = torch.empty(0, dtype=torch.long)
 
 LEVEL = "deepstack_input_embeds_"
@@ -89,12 +129,12 @@ alike."""
 def rows_of(ranges: Sequence[range], device: torch.device) -> Tensor:
     """(B, n) on the device: B ranges of one length."""
     first = torch.tensor([[r.start] for r in ranges])
-    return (first + torch.arange(len(ranges[0]))).to(device, non_blocking=True)
+    return async_tensor_h2d(first + torch.arange(len(ranges[0])), device=device)
 
 
 def _rows_of_text(group: Sequence[Loss], device: torch.device) -> Tensor:
     """(B, M) on the device: the text behind B images."""
-    return torch.stack([some.text for some in group]).to(device, non_blocking=True)
+    return async_tensor_h2d(torch.stack([some.text for some in group]), device=device)
 
 
 def _by_head(norm: nn.Module, x: Tensor, head_dim: int) -> Tensor:
@@ -176,6 +216,8 @@ class StagedDecoder:
             for place, layer in enumerate(layers, start=first):
                 attention = layer.self_attn.attn
                 enter_stage(attention, place, geometry.spans, block_size, shared)
+            if number:
+                cut(layers[0].self_attn)
             self.names.append([layer.self_attn.attn.layer_name for layer in layers])
             with set_model_tag(f"stage{number}"):  # names vLLM's folder of compiled pieces
                 self.stages.append(stage_layers(number)(vllm_config=vllm_config, layers=layers))
@@ -357,7 +399,7 @@ class StagedDecoder:
         device = batch.hidden.device
         before = torch.arange(len(batch.hidden)) if batch.rows is None else batch.rows
         # Where each row that runs on is among those that came; of an image, where its tokens are.
-        at = torch.searchsorted(before, rows.index).to(device, non_blocking=True)
+        at = async_tensor_h2d(torch.searchsorted(before, rows.index), device=device)
         edges = torch.tensor([(i.start, i.end) for i in images], dtype=torch.long).view(-1, 2)
         had_by_image = torch.searchsorted(before, edges).tolist()
         has_by_image = torch.searchsorted(rows.index, edges).tolist()
@@ -381,7 +423,7 @@ class StagedDecoder:
             tokens = reduce(
                 steps,
                 tokens,
-                self._evidence(number, batch, group, had_rows),
+                self._evidence(number, batch, group, had_rows, stream),
                 keep,
                 reduction.parsed_options(),
             )
@@ -422,7 +464,12 @@ class StagedDecoder:
         return text if len(text) else torch.tensor([end - 1])
 
     def _evidence(
-        self, number: int, batch: Batch, group: Sequence[Loss], had_rows: Tensor
+        self,
+        number: int,
+        batch: Batch,
+        group: Sequence[Loss],
+        had_rows: Tensor,
+        stream: Tensor,
     ) -> DecoderEvidence:
         """What is to be seen at a stage of B images with equally many tokens and text behind them.
 
@@ -431,29 +478,21 @@ class StagedDecoder:
             batch: what comes to it.
             group: the images.
             had_rows: (B, n) where their tokens are in the batch.
+            stream: (B, n, D) their hidden states.
         """
         layer, part = self.stages[number].layers[0], group[0].image.part
         attention = layer.self_attn
         text_rows = _rows_of_text(group, batch.hidden.device)
 
-        def look(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            """Queries, keys and values of rows (B, m): (B, heads, m, d) each."""
-            flat = index.flatten()
-            stream = batch.hidden[flat] + batch.residual[flat]
-            qkv, _ = attention.qkv_proj(layer.input_layernorm(stream))
-            sizes = [attention.q_size, attention.kv_size, attention.kv_size]
-            query, key, value = qkv.split(sizes, dim=-1)
-            if hasattr(attention, "q_norm"):  # Qwen3: of every head by itself
-                query = _by_head(attention.q_norm, query, attention.head_dim)
-                key = _by_head(attention.k_norm, key, attention.head_dim)
-            query, key = attention.rotary_emb(
-                batch.positions[..., flat], query.contiguous(), key.contiguous()
-            )
-            query, key, value = (
-                x.unflatten(-1, (-1, attention.head_dim)).unflatten(0, index.shape).transpose(1, 2)
-                for x in (query, key, value)
-            )
-            return query, key, value
+        @functools.cache
+        def text() -> Tensor:
+            return batch.hidden[text_rows] + batch.residual[text_rows]
+
+        def look(stream: Tensor, index: Tensor) -> Heads:
+            """At rows (B, m), whose hidden states are (B, m, D)."""
+            x = layer.input_layernorm(stream.flatten(0, 1))
+            positions = batch.positions[..., index.flatten()]
+            return Heads(attention, x, positions, index.shape)
 
         seen: dict[str, Any] = {}
         if attention.total_num_heads > attention.num_heads:
@@ -466,13 +505,13 @@ class StagedDecoder:
             assert lengths is not None
             seen["before"] = (lengths[had_rows], lengths[text_rows])
         return DecoderEvidence(
-            look_at_image=lambda: look(had_rows),
-            look_at_text=lambda: look(text_rows),
+            look_at_image=lambda: look(stream, had_rows),
+            look_at_text=lambda: look(text(), text_rows),
             final_norm=self.model.norm.weight,
             lot=torch.cat([some.image.lot for some in group]),
             grid=group[0].image.raster.grid,
             rasters=tuple(some.image.raster for some in group),
-            read_text=lambda: batch.hidden[text_rows] + batch.residual[text_rows],
+            read_text=text,
             scale=attention.scaling,
             heads=attention.total_num_heads,
             **seen,

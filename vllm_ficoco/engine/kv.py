@@ -49,6 +49,16 @@ class GapManager(FullAttentionManager):
         self.plans: dict[str, Plan] = {}
         """Of requests with gaps in this stage, by id; the scheduler writes and deletes them."""
 
+    # The three below are asked for every request and group in every step. In most decode steps a
+    # request's last block has room, and the answer of all of them is: nothing.
+
+    def _has_room(self, request_id: str, num_tokens: int) -> bool:
+        """Whether a request's blocks hold so many tokens, those of gaps counted."""
+        return num_tokens <= len(self.req_to_blocks.get(request_id, ())) * self.block_size
+
+    def remove_skipped_blocks(self, *_: Any, **__: Any) -> None:
+        """Nothing: full attention skips no token."""
+
     def get_num_blocks_to_allocate(
         self,
         request_id: str,
@@ -57,6 +67,8 @@ class GapManager(FullAttentionManager):
         *args: Any,
         **kwargs: Any,
     ) -> int:
+        if not new_computed_blocks and self._has_room(request_id, num_tokens):
+            return 0
         blocks = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **kwargs
         )
@@ -69,6 +81,8 @@ class GapManager(FullAttentionManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
+        if request_id not in self._partial_hit_reqs and self._has_room(request_id, num_tokens):
+            return []
         plan = self.plans.get(request_id)
         if plan is None:
             return list(super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model))

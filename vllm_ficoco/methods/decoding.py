@@ -11,7 +11,7 @@ Shapes as in :mod:`vllm_ficoco.methods.paradigm`; M text tokens, G key-value hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any
@@ -28,17 +28,19 @@ from vllm_ficoco.methods.paradigm import (
     Options,
     Remembering,
     once,
+    take,
 )
 from vllm_ficoco.vision.layout import Layout, Raster
 
-CHANGES: dict[AttentionKind, Callable[[Tensor], Tensor]] = {
-    "probabilities": lambda products: products.softmax(-1),
-    "logits": lambda products: products,
-}
-"""What becomes of scaled products before their mean is taken."""
+Heads = Sequence[Tensor]
+"""Query (B, H, n, d), key and value (B, G, n, d); an engine may compute each when it is asked for.
+"""
 
-Heads = tuple[Tensor, Tensor, Tensor]
-"""Query (B, H, n, d), key and value (B, G, n, d)."""
+
+def rows_of_heads(x: Tensor, index: Tensor) -> Tensor:
+    """(B, heads, k, d): of (B, heads, n, d) the tokens by index (B, k)."""
+    flat = take(x.transpose(1, 2).flatten(2), index)
+    return flat.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,15 @@ class DecoderEvidence(Remembering):
         """(B, M, D): hidden states of the text behind the image."""
         return self.read_text()
 
-    def _mean_over_heads(
-        self, query: Tensor, key: Tensor, change: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """(B, rows, columns) float32: mean over heads of scaled products, each first changed.
+    def _probabilities(self, query: Tensor, key: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """(B, rows, columns) float32: mean over heads of the softmax of scaled products.
+
+        As many heads at once as memory allows.
 
         Args:
             query: (B, H, rows, d).
             key: (B, G, columns, d); every key head is shared by H / G query heads.
-            change: of products (B, heads, rows, columns), as many heads as memory allows.
+            hidden: (rows, columns) bool, which products to leave out.
         """
         rows, columns, shared = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
         # By the size of one image: the order of the sum must not depend on who shares the batch.
@@ -104,18 +106,38 @@ class DecoderEvidence(Remembering):
             queries = query[:, first * shared : (first + at_once) * shared].float() * self.scale
             queries = queries.unflatten(1, (-1, shared)).flatten(2, 3)
             products = (queries @ keys.transpose(-1, -2)).unflatten(2, (shared, rows)).flatten(1, 2)
-            total = total + change(products).sum(1)
+            if hidden is not None:
+                products.masked_fill_(hidden, -torch.inf)
+            total = total + products.softmax(-1).sum(1)
         return self.sum_over_ranks(total) / self.heads
+
+    def _logits(self, query: Tensor, key: Tensor) -> Tensor:
+        """(B, rows, columns) float32: mean over heads of scaled products.
+
+        A sum over heads of products is one product of all heads side by side; those of the queries
+        that share a key are added up before it.
+
+        Args:
+            query: (B, H, rows, d).
+            key: (B, G, columns, d).
+        """
+        query = query.unflatten(1, (key.shape[1], -1)).sum(2, dtype=torch.float32)
+        queries, keys = (x.transpose(1, 2).flatten(2) for x in (query, key.float()))
+        products = queries @ keys.transpose(-1, -2)
+        return self.sum_over_ranks(products) * (self.scale / self.heads)
+
+    def _mean_over_heads(self, kind: AttentionKind, query: Tensor, key: Tensor) -> Tensor:
+        return (self._logits if kind == "logits" else self._probabilities)(query, key)
 
     @once
     def attention_from_text(self, kind: AttentionKind = "probabilities") -> Tensor:
         """(B, M, n): A_kj, what text token k draws from the image's token j; mean over heads."""
-        return self._mean_over_heads(self._text[0], self._image[1], CHANGES[kind])
+        return self._mean_over_heads(kind, self._text[0], self._image[1])
 
     def attention_from_last(self) -> Tensor:
         """(B, n): what the last token draws from the image's; mean over heads."""
         last = self._text[0][:, :, -1:]
-        return self._mean_over_heads(last, self._image[1], CHANGES["probabilities"])[:, 0]
+        return self._probabilities(last, self._image[1])[:, 0]
 
     def attention_to_text(self, kind: AttentionKind = "probabilities") -> Tensor:
         """(B, n, M): A_ik, what token i of the image would draw from text token k.
@@ -123,7 +145,7 @@ class DecoderEvidence(Remembering):
         No such attention takes place, as the text comes later; probabilities are normalised over
         the text.
         """
-        return self._mean_over_heads(self._image[0], self._text[1], CHANGES[kind])
+        return self._mean_over_heads(kind, self._image[0], self._text[1])
 
     @once
     def attention_among(self, kind: AttentionKind = "probabilities", causal: bool = True) -> Tensor:
@@ -133,15 +155,35 @@ class DecoderEvidence(Remembering):
             kind: probabilities are normalised over the image.
             causal: zero where j comes after i, as the decoder attends.
         """
-        query, key, _ = self._image
+        query, key = self._image[0], self._image[1]
         if not causal:
-            return self._mean_over_heads(query, key, CHANGES[kind])
+            return self._mean_over_heads(kind, query, key)
         n = query.shape[2]
         later = torch.ones(n, n, dtype=torch.bool, device=query.device).triu(1)
-        masked = 0.0 if kind == "logits" else -torch.inf
-        return self._mean_over_heads(
-            query, key, lambda products: CHANGES[kind](products.masked_fill(later, masked))
-        )
+        if kind == "logits":
+            return self._logits(query, key).masked_fill(later, 0.0)
+        return self._probabilities(query, key, later)
+
+    def attention_given(self, kind: AttentionKind = "probabilities", causal: bool = True) -> Tensor:
+        """(B, n): mean over j of A_ij: what a token draws from the image's tokens."""
+        if kind == "logits" and not causal:
+            query, key = self._image[0], self._image[1]
+            return self._logits(query, key.mean(2, keepdim=True, dtype=torch.float32))[..., 0]
+        return self.attention_among(kind, causal).mean(-1)
+
+    def attention_between(
+        self,
+        source: Tensor,
+        target: Tensor,
+        kind: AttentionKind = "probabilities",
+        causal: bool = True,
+    ) -> Tensor:
+        """(B, S, T): A_ij, i in ``source`` (B, S) and j in ``target`` (B, T)."""
+        if kind == "logits" and not causal:
+            query, key = self._image[0], self._image[1]
+            return self._logits(rows_of_heads(query, source), rows_of_heads(key, target))
+        among = take(self.attention_among(kind, causal), source)
+        return among.gather(2, target[:, None].expand(-1, source.shape[1], -1))
 
     def spots(self, position: Tensor) -> Tensor:
         """(B, n, 2): row and column of tokens at positions (B, n), in sides of the image."""

@@ -44,8 +44,7 @@ def standard(x: Tensor) -> Tensor:
 
 def filter(_: Tokens, evidence: Evidence, leave: int, options: FiCoCoKOptions) -> Tensor:
     """Of A, the tokens that are much like one of B and little looked at."""
-    keys = evidence.unit_keys
-    local = (keys[:, ::2] @ keys[:, 1::2].transpose(-1, -2)).amax(-1)
+    local = tome.links(evidence).amax(-1)
     task = standard(evidence.attention_of_cls("logits"))[:, ::2]
     return highest(standard(local) - options.protect * task, leave) * 2
 

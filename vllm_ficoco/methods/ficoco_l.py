@@ -77,7 +77,7 @@ def _to_text(evidence: DecoderEvidence, options: FiCoCoLOptions) -> Tensor:
 def filter(
     tokens: Tokens, evidence: DecoderEvidence, leave: int, options: FiCoCoLOptions
 ) -> Tensor:
-    local = evidence.attention_among(options.attention, options.causal).mean(-1)
+    local = evidence.attention_given(options.attention, options.causal)
     task = _to_text(evidence, options).sum(-1)
     if options.normalise:
         local, task = (torch.nn.functional.normalize(x, dim=-1) for x in (local, task))
@@ -91,8 +91,7 @@ def filter(
 def correlate(
     _: Tokens, evidence: DecoderEvidence, source: Tensor, target: Tensor, options: FiCoCoLOptions
 ) -> Tensor:
-    among = evidence.attention_among(options.attention, options.causal)
-    direct = take(among, source).gather(2, target[:, None].expand(-1, source.shape[1], -1))
+    direct = evidence.attention_between(source, target, options.attention, options.causal)
     from_text = take(evidence.attention_from_text(options.attention).transpose(-1, -2), target)
     indirect = take(_to_text(evidence, options), source) @ from_text.transpose(-1, -2)
     if options.attention == "logits":  # products may be negative, weights may not

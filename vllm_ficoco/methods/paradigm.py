@@ -264,7 +264,9 @@ class Evidence(Remembering):
         """(B, k, H * d) float32: of query or key, tokens by index (B, k) or a run of them, heads
         side by side, mean over a token's patches."""
         flat = x.transpose(1, 2).flatten(2)
-        if isinstance(index, Tensor):
+        if isinstance(index, Tensor) and self.unit == 1:
+            patches = take(flat[:, self._first :], index)
+        elif isinstance(index, Tensor):
             patches = take(flat, self._patches(index))
         else:
             first, last = (self._first + i * self.unit for i in (index.start, index.stop))
@@ -362,7 +364,8 @@ class Evidence(Remembering):
         if kind == "logits":
             queries = self._mean_flat(self.query, source)
             runs = self._runs(target.shape[1])
-            keys = (self._mean_flat(self.key, target[:, run]) for run in runs)
+            parts = (target[:, run] for run in runs) if len(runs) > 1 else (target,)
+            keys = (self._mean_flat(self.key, part) for part in parts)
             return torch.cat([self._logits(queries, key) for key in keys], -1)
         columns = self._patches(target)[:, None]
 
@@ -580,6 +583,13 @@ class Method:
             p for p in (self.place, "decoder" if self.decoder else "") if p not in ("", "nowhere")
         ]
 
+    @property
+    def fits_a_graph(self) -> bool:
+        """Whether a CUDA graph of the tower can hold what it does: nothing but work on the device,
+        the same for every image, that ends in tokens. A question comes from the host, and a part in
+        the decoder wants to know which tokens they are."""
+        return self.places in (["tower"], ["output"]) and not self.asks_question
+
     def reduce(self, tokens: Tokens, evidence: Evidence, keep: int, options: Any) -> Tokens:
         """One stage of the vision part, see :func:`reduce`.
 
@@ -610,9 +620,25 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     # Whole rows at once; a gather would look up every element, several times as slow.
     if len(x) == 1:
         return x[0].index_select(0, index[0])[None]
-    batch, n, _ = x.shape
-    first = torch.arange(0, batch * n, n, device=x.device)[:, None]
-    return x.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
+    batch, n, width = x.shape
+    step, odd = divmod(x.stride(0), max(x.stride(1), 1))
+    if odd or step < n or x.stride(1) < 1 or x.stride(2) != 1:  # not rows at equal distances
+        x, step = x.contiguous(), n
+    # The rows of all images as one, no copy, though [CLS] be cut off of every image.
+    rows = x.as_strided(((batch - 1) * step + n, width), (x.stride(1), 1))
+    return rows.index_select(0, _numbers(index, step)).unflatten(0, index.shape)
+
+
+def _numbers(index: Tensor, step: int) -> Tensor:
+    """(B * k,): of index (B, k), in rows of which every image has so many.
+
+    Kept with the index: hidden states, queries and keys are asked for the same.
+    """
+    known: dict[int, Tensor] = vars(index).setdefault("numbers", {})
+    if step not in known:
+        first = torch.arange(0, len(index) * step, step, device=index.device)
+        known[step] = (index + first[:, None]).flatten()
+    return known[step]
 
 
 def highest(score: Tensor, count: int) -> Tensor:

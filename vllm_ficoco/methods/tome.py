@@ -27,7 +27,6 @@ from vllm_ficoco.methods.paradigm import (
     Tokens,
     highest,
     merge,
-    one_hot_of_highest,
     take,
 )
 
@@ -37,23 +36,31 @@ def stages(tokens: int, budget: int, layers: int, _: Options) -> list[schedule.S
     return schedule.halving(tokens, budget, range(layers))
 
 
+def links(evidence: Evidence) -> Tensor:
+    """(B, a, b): cosine of the keys of all of A and all of B."""
+
+    def find() -> Tensor:
+        keys = evidence.unit_keys
+        return keys[:, ::2] @ keys[:, 1::2].transpose(-1, -2)
+
+    return evidence.remember(("ToMe's links",), find)
+
+
 def filter(_: Tokens, evidence: Evidence, leave: int, __: Options) -> Tensor:
     """Of A, the tokens with the strongest link to B."""
-    keys = evidence.unit_keys
-    strongest = (keys[:, ::2] @ keys[:, 1::2].transpose(-1, -2)).amax(-1)
-    return highest(strongest, leave) * 2
+    return highest(links(evidence).amax(-1), leave) * 2
 
 
 def correlate(_: Tokens, evidence: Evidence, source: Tensor, target: Tensor, __: Options) -> Tensor:
-    """Cosine of keys; those of A that stay cannot receive."""
-    similarity = evidence.cosine_of_keys(source, target)
-    return similarity.masked_fill((target % 2 == 0)[:, None], float("-inf"))
+    """1 for the token of B to which one of A has its strongest link."""
+    best = take(links(evidence), source // 2).argmax(-1, keepdim=True) * 2 + 1
+    return best == target[:, None]
 
 
 def compress(
     tokens: Tokens, _: Evidence, source: Tensor, target: Tensor, correlation: Tensor, __: Options
 ) -> Tokens:
-    weight = one_hot_of_highest(correlation) * take(tokens.size, source)[..., None]
+    weight = correlation * take(tokens.size, source)[..., None]
     own = take(tokens.size, target)
     merged = merge(tokens, [source], target, lambda _: weight, own)
     return replace(merged, size=own + torch.sum(weight, 1))

@@ -6,8 +6,15 @@ from __future__ import annotations
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
-from vllm_ficoco.vision.geometry import geometry_of
+from vllm_ficoco.vision.geometry import (
+    GRAPHS_KEY,
+    Geometry,
+    UnsupportedModel,
+    geometry_of,
+    graphed,
+)
 
 logger = init_logger(__name__)
 
@@ -23,10 +30,16 @@ class ReducingConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        geometry: Geometry | None = None
         try:
-            geometry_of(vllm_config.model_config.hf_config)
+            geometry = geometry_of(vllm_config.model_config.hf_config)
+        except UnsupportedModel:
+            pass  # nothing can be reduced
         except ValueError:
-            return  # nothing can be reduced, or the model will say what is wrong
+            return  # the model will say what is wrong
+        settle_graphs(vllm_config, geometry)
+        if geometry is None:
+            return
         setattr(  # every process of vLLM has the model's configuration
             vllm_config.model_config.hf_config,
             ENCODER_TOKENS_KEY,
@@ -41,3 +54,38 @@ class ReducingConfig(VerifyAndUpdateConfig):
                 "can put any number of strongly reduced ones through the vision tower.",
                 config.encoder_cache_manager_cls,
             )
+
+
+def settle_graphs(vllm_config: VllmConfig, geometry: Geometry | None) -> None:
+    """CUDA graphs of the vision tower: who names settings for them has them, and is told.
+
+    Raises:
+        ValueError: the settings are wrong, or for another model.
+    """
+    model, compilation = vllm_config.model_config, vllm_config.compilation_config
+    if geometry is None or geometry.by_image:
+        if hasattr(model.hf_config, GRAPHS_KEY):
+            raise ValueError(
+                f"{GRAPHS_KEY} (--reduction-graphs, or cudagraph_mm_encoder given to vllm-ficoco) "
+                "must be left out: CUDA graphs of the vision tower are there for LLaVA-1.5 with a "
+                f"CLIP or SigLIP tower, not for {model.hf_config.model_type} as it is here"
+            )
+        if geometry is None:  # as vLLM's own, which has no such graphs
+            compilation.cudagraph_mm_encoder = False
+        return
+    names = graphed(model.hf_config, geometry)
+    able = current_platform.is_cuda() and not model.enforce_eager
+    if names and able and not model.get_multimodal_config().language_model_only:
+        compilation.cudagraph_mm_encoder = True
+    if able and compilation.cudagraph_mm_encoder:
+        logger.info_once(
+            "The vision tower runs in CUDA graphs (cudagraph_mm_encoder) with images that are not "
+            "reduced%s; others run without.",
+            "".join(f", {name}" for name in names),
+        )
+    elif names:
+        logger.warning_once(
+            "%s: the vision tower runs without CUDA graphs here (no CUDA, --enforce-eager or "
+            "--language-model-only).",
+            GRAPHS_KEY,
+        )

@@ -6,7 +6,7 @@ Images are one input of the tower, or a thumbnail and tiles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,8 +72,7 @@ class LayeredModel(ReducingModel):
         outputs: dict[int, Tensor] = {}
         numbers: dict[int, Tensor] = {}
         if whole:
-            fields = {name: _of_images(value, whole) for name, value in kwargs.items()}
-            unreduced = super().embed_multimodal(**fields)  # type: ignore[misc]
+            unreduced = super().embed_multimodal(**of_images(kwargs, whole))  # type: ignore[misc]
             outputs.update(zip(whole, unreduced, strict=True))
         inputs: Any = kwargs["pixel_values"]
         pixels = [x if x.dim() == 4 else x[None] for x in inputs]
@@ -164,9 +163,12 @@ class LayeredModel(ReducingModel):
         return torch.cat(embedded)[order], number
 
 
-def _of_images(field: Any, images: list[int]) -> Any:
-    """Some images' part of a field: a tensor, or a list with one tensor an image."""
-    return rows(field, images) if isinstance(field, Tensor) else [field[i] for i in images]
+def of_images(fields: Mapping[str, Any], images: list[int]) -> dict[str, Any]:
+    """Some images' part of vLLM's fields: of a tensor, or of a list with one tensor an image."""
+    return {
+        name: rows(field, images) if isinstance(field, Tensor) else [field[i] for i in images]
+        for name, field in fields.items()
+    }
 
 
 def _numbers_of(layout: Layout, place: Tensor) -> Tensor:

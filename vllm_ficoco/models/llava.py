@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from transformers import BatchFeature
 from vllm.model_executor.models.llava import (
     BaseLlavaProcessingInfo,
     LlavaDummyInputsBuilder,
@@ -16,12 +21,29 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor
 
+from vllm_ficoco.models.encoder_graphs import EncoderGraphs
 from vllm_ficoco.models.layered import LayeredModel
 from vllm_ficoco.models.processing import ReducingProcessor
 
 
 class ReducingLlavaProcessor(ReducingProcessor, LlavaMultiModalProcessor):
     """LLaVA with a CLIP or SigLIP tower."""
+
+    @cached_property
+    def _plain_images(self) -> Any:
+        """The image processor, where nobody has set an option of it."""
+        set_by_server = self.info.ctx.get_mm_config().mm_processor_kwargs
+        return None if set_by_server else self.info.get_hf_processor().image_processor
+
+    def _call_hf_processor(
+        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        """As vLLM's, whose Hugging Face processor merges options, writes a text with all
+        placeholders and tokenizes it. vLLM needs the pixels alone: the same, from the same code."""
+        if hf_kwargs or self._plain_images is None:
+            return super()._call_hf_processor(hf_data, hf_kwargs)
+        images = {"images": hf_data["images"]}
+        return self.info.ctx.call_hf_processor(self._plain_images, images)
 
 
 class ReducingPixtralProcessor(ReducingProcessor, PixtralHFMultiModalProcessor):
@@ -42,5 +64,7 @@ def _processor(
     info=_build_llava_or_pixtral_hf_info,
     dummy_inputs=LlavaDummyInputsBuilder,
 )
-class ReducingLlavaForConditionalGeneration(LayeredModel, LlavaForConditionalGeneration):
+class ReducingLlavaForConditionalGeneration(
+    LayeredModel, LlavaForConditionalGeneration, EncoderGraphs
+):
     """vLLM's LLaVA with a visual token budget per image."""

@@ -254,7 +254,7 @@ class ReducingProcessor:
         """
         key = _key(kwargs)
         try:
-            asked = per_image(kwargs, items.get_all_counts().get("image", 0))
+            asked = per_image(kwargs, items.get_count("image", strict=False))
             if any(asked) and self.geometry.unsupported:
                 raise SettingsError(key, kwargs.get(key), self.geometry.unsupported)
             if any(asked) and isinstance(items["image"], _EMBEDDINGS):

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,11 +13,14 @@ from vllm_ficoco import schedule
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.methods.paradigm import NEEDS, Method, Need
 from vllm_ficoco.schedule import Stage
-from vllm_ficoco.settings import Reduction, SettingsError
+from vllm_ficoco.settings import Reduction, SettingsError, declared
 from vllm_ficoco.vision.layout import Layout, Window
 
 STAGES_KEY = "reduction_stages"
 """Of a model's configuration: see :func:`decoder_stages`."""
+
+GRAPHS_KEY = "reduction_graphs"
+"""Of a model's configuration: see :func:`graphed`."""
 
 
 class UnsupportedModel(ValueError):
@@ -224,30 +229,7 @@ class Geometry(NamedTuple):
         Raises:
             SettingsError: the method cannot reach the budget in this tower, or as :meth:`held`.
         """
-        layout = layout or self.layout
-        active = reduction.for_tokens(layout.sent)
-        if active is None:
-            return []
-        into_decoder = self.held(active, field, layout)[0]
-        if into_decoder >= layout.tokens or active.spec.place == "input":
-            return []
-        if active.keeps_newlines and not layout.is_tiled:
-            raise SettingsError(
-                _beside(field, "options.newlines"),
-                "all",
-                "left out or 'none': images have no newline tokens in this model",
-            )
-        try:
-            return _plan(self, layout, active, into_decoder)
-        except ValueError as error:
-            allowed, value = str(error), active.budget
-            if layout.is_tiled:  # what a tile needs says little: name what the image needs
-                smallest = self._smallest(active, into_decoder, layout)
-                allowed = f"at least {smallest} for an image of {layout.tokens} visual tokens"
-            if active.budget is None:
-                field, value = _beside(field, "options.tokens"), active.options["tokens"]
-                allowed = f"numbers of which the first is {allowed}"
-            raise SettingsError(field, value, allowed) from None
+        return [*_parts(self, reduction, field, layout or self.layout)]
 
     def _smallest(self, reduction: Reduction, below: int, layout: Layout) -> int:
         """What an image needs: the smallest budget that can be kept; where none is given, the
@@ -298,9 +280,7 @@ class Geometry(NamedTuple):
             SettingsError: as :meth:`parts`.
         """
         layout = layout or self.layout
-        if reduction is None or not (plans := self.parts(reduction, field, layout)):
-            return layout.tokens
-        return sum(plan.keep for plan in plans) + self.newlines_kept(reduction, layout)
+        return layout.tokens if reduction is None else _kept(self, reduction, field, layout)
 
     def newlines_kept(self, reduction: Reduction, layout: Layout) -> int:
         """Newline tokens of a reduced image that enter the decoder.
@@ -309,6 +289,45 @@ class Geometry(NamedTuple):
         larger than the number of patches.
         """
         return _newlines(reduction, layout, self.held(reduction, layout=layout)[0])
+
+
+@lru_cache(maxsize=4096)
+def _kept(geometry: Geometry, reduction: Reduction, field: str, layout: Layout) -> int:
+    """As :meth:`Geometry.kept`, which a request asks half a dozen times."""
+    plans = _parts(geometry, reduction, field, layout)
+    if not plans:
+        return layout.tokens
+    return sum(plan.keep for plan in plans) + geometry.newlines_kept(reduction, layout)
+
+
+@lru_cache(maxsize=4096)
+def _parts(
+    geometry: Geometry, reduction: Reduction, field: str, layout: Layout
+) -> Sequence[PartPlan]:
+    """As :meth:`Geometry.parts`."""
+    active = reduction.for_tokens(layout.sent)
+    if active is None:
+        return []
+    into_decoder = geometry.held(active, field, layout)[0]
+    if into_decoder >= layout.tokens or active.spec.place == "input":
+        return []
+    if active.keeps_newlines and not layout.is_tiled:
+        raise SettingsError(
+            _beside(field, "options.newlines"),
+            "all",
+            "left out or 'none': images have no newline tokens in this model",
+        )
+    try:
+        return _plan(geometry, layout, active, into_decoder)
+    except ValueError as error:
+        allowed, value = str(error), active.budget
+        if layout.is_tiled:  # what a tile needs says little: name what the image needs
+            smallest = geometry._smallest(active, into_decoder, layout)
+            allowed = f"at least {smallest} for an image of {layout.tokens} visual tokens"
+        if active.budget is None:
+            field, value = _beside(field, "options.tokens"), active.options["tokens"]
+            allowed = f"numbers of which the first is {allowed}"
+        raise SettingsError(field, value, allowed) from None
 
 
 def _newlines(reduction: Reduction, layout: Layout, count: int) -> int:
@@ -462,3 +481,28 @@ def decoder_stages(config: Any) -> tuple[int, ...]:
             "later"
         )
     return tuple(starts)
+
+
+def graphed(config: Any, geometry: Geometry) -> dict[str, Reduction]:
+    """By name, the settings with which images of LLaVA-1.5 run in CUDA graphs of the tower.
+
+    They are said as :func:`decoder_stages` are, as a list of what :func:`settings.declared` reads.
+    Those that reduce nothing here are left out, and those that this tower cannot follow.
+
+    Raises:
+        ValueError: what is said is something else.
+    """
+    said, found = getattr(config, GRAPHS_KEY, ()), {}
+    if isinstance(said, str):
+        said = said.split(",")
+    for text in said:
+        try:
+            method, rung = declared(text.strip())
+        except ValueError as error:
+            raise ValueError(f"{text!r} in {GRAPHS_KEY} is not valid: it must be {error}") from None
+        (budget,) = schedule.ladder(geometry.tokens, [rung])
+        reduction = Reduction(method=method, budget=budget)
+        with suppress(SettingsError):
+            if geometry.parts(reduction):
+                found[f"{method}@{budget}"] = reduction
+    return found

@@ -17,7 +17,8 @@ REDUCTION_SECONDS = Histogram(
     ["method"],
     buckets=[1e-5 * 2**i for i in range(20)],
 )
-"""Observed in the process that runs the model. For the API server's /metrics to show it,
+"""Observed in the process that runs the model, but for what runs in a CUDA graph
+(:mod:`vllm_ficoco.models.encoder_graphs`). For the API server's /metrics to show it,
 PROMETHEUS_MULTIPROC_DIR must be set before the server starts, which ``vllm-ficoco serve`` does."""
 
 

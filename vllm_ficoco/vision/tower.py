@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_ficoco.methods import Evidence, Tokens
+from vllm_ficoco.methods.paradigm import on_device
 from vllm_ficoco.methods.parts import Parts
 from vllm_ficoco.schedule import Stage
 from vllm_ficoco.settings import Reduction
@@ -100,6 +101,8 @@ class ReducingTower:
             for number, *tokens in zip(numbers, reduced.hidden, reduced.position, strict=True):
                 outputs[number] = tuple(tokens)
             left = [i for i in range(len(waiting)) if i not in index]
+            if not left:
+                break
             hidden, waiting = rows(hidden, left), [waiting[i] for i in left]
         return outputs
 
@@ -284,6 +287,7 @@ class ReducingTower:
 
 def rows(x: Tensor, index: list[int]) -> Tensor:
     """Rows of x by a list on the host; no copy, and no transfer, where they are a run."""
-    if index and index == list(range(index[0], index[0] + len(index))):
-        return x[index[0] : index[0] + len(index)]
-    return x[torch.tensor(index, dtype=torch.long, device="cpu").to(x.device, non_blocking=True)]
+    first = index[0] if index else 0
+    if index == list(range(first, first + len(index))):
+        return x[first : first + len(index)]
+    return x[on_device(index, x.device)]
