@@ -54,7 +54,7 @@ slower=${slower:-${dry:+3}}
 python=${PYTHON:-$(command -v python || command -v python3)}
 export PYTHONPATH="$PWD:$PWD/server${PYTHONPATH:+:$PYTHONPATH}"
 unset FICOCO_TEST_ENGINE
-tests=("$python" -m pytest -p no:cacheprovider)
+tests=("$python" -m pytest -p no:cacheprovider --disable-warnings)
 
 # What is equal in all engines that are compared with each other.
 dtype=bfloat16 flags=(--attention-backend "$backend")
