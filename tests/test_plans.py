@@ -66,7 +66,9 @@ def on_device(common: CommonAttentionMetadata) -> list[torch.Tensor]:
 
 def found(common: CommonAttentionMetadata, plans: list[Plan | None] | None) -> Pattern:
     lengths = torch.zeros(8, dtype=torch.int32)
-    return pattern_of(common, BLOCK, 1, lengths, plans, 1)
+    pattern = pattern_of(common, BLOCK, 1, lengths, plans, 1)
+    assert pattern is not None
+    return pattern
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -90,3 +92,15 @@ def test_the_batches_have_gaps_and_reading_the_table_waits() -> None:
     for common in prefills:
         with pytest.raises(AssertionError, match="waits"), NoWaiting(on_device(common)):
             found(common, None)
+
+
+def test_a_batch_without_gaps_has_no_pattern_where_nobody_waits() -> None:
+    batches = [batch(random.Random(seed)) for seed in range(40)]
+    nothing = 0
+    for common, _ in batches:
+        lengths = torch.zeros(8, dtype=torch.int32)
+        pattern = pattern_of(common, BLOCK, 1, lengths, None, 1, on_host=True)
+        gaps = bool((found(common, None).lengths != common.seq_lens).any())
+        assert (pattern is not None) == gaps
+        nothing += pattern is None
+    assert 0 < nothing < 40

@@ -124,8 +124,9 @@ def pattern_of(
     lengths: Tensor,
     plans: Sequence[Plan | None] | None = None,
     stage: int = 0,
-) -> Pattern:
-    """Finds the gaps in a batch's block table.
+    on_host: bool = False,
+) -> Pattern | None:
+    """Finds the gaps in a batch's block table; None where it is known that there is none.
 
     Args:
         common: vLLM's.
@@ -136,6 +137,8 @@ def pattern_of(
         plans: of the requests, where the worker knows them (Model Runner V2). Without them the host
             waits for the device once in a step with a prefill.
         stage: of the layers, for the plans.
+        on_host: whether all of it lies there, so that nobody waits when it is read, and whether no
+            CUDA graph remembers ``lengths``.
     """
     ids = common.block_table_tensor
     requests, width = ids.shape
@@ -143,6 +146,8 @@ def pattern_of(
     used = block < -(-common.seq_lens.long() // block_size)[:, None]
     # A row that starts with the null block is not a request: padding, or a dummy at start-up.
     gap = used & (ids < null_ids) & (ids[:, :1] >= null_ids)
+    if on_host and not gap.any():
+        return None
     lengths = lengths[:requests]
     lengths.copy_(common.seq_lens - gap.sum(1) * block_size)
     order = (gap | ~used).byte().argsort(dim=1, stable=True)
@@ -209,6 +214,7 @@ class Shared:
         self._seq_lens: Tensor | None = None
         self._asked: set[int] = set()
         self.pattern: Pattern | None = None
+        """None where there is no gap."""
         self.metadata: Any = None
         """Of the group that came first in this step."""
 
@@ -266,6 +272,9 @@ def stage_backend(
             self.table = torch.zeros(most, block_table_width, dtype=torch.int32, device=device)
             if self.shared.lengths is None:
                 self.shared.lengths = torch.zeros(most, dtype=torch.int32, device=device)
+            graphs = vllm_config.compilation_config.cudagraph_mode
+            whole = graphs is not None and graphs.has_full_cudagraphs()
+            self.on_host = device.type == "cpu" and not whole
 
         @classmethod
         def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
@@ -285,11 +294,13 @@ def stage_backend(
             shared = self.shared
             assert shared.lengths is not None
             stage = self.kv_cache_spec.stage
-            if shared.is_new_step(self, common_attn_metadata.seq_lens) or shared.pattern is None:
+            common, rows = common_attn_metadata, None
+            if shared.is_new_step(self, common.seq_lens):
                 shared.pattern = pattern_of(
-                    common_attn_metadata, size, split, shared.lengths, plans, stage
+                    common, size, split, shared.lengths, plans, stage, self.on_host
                 )
-            common, rows = without_gaps(common_attn_metadata, shared.pattern, self.table)
+            if shared.pattern is not None:
+                common, rows = without_gaps(common, shared.pattern, self.table)
             if shared.metadata is None:
                 # A shared prefix may lie over a gap; without that hint kernels are as right.
                 shared.metadata = super().build(0, common, fast_build)
