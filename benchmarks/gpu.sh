@@ -71,7 +71,7 @@ stages=2,22 batches=1,8,32 memory=()
 mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -1)
 ((${mib:-0} < 100000)) && batches=1,8
 if [[ $dry ]]; then
-  decoder=shipped dtype=float32 budget=16 full=144 stages=1,3 batches=1,2
+  decoder=shipped dtype=float32 budget=48 full=144 stages=1,3 batches=1,2
 fi
 
 graphs='"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'
