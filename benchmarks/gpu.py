@@ -394,13 +394,12 @@ def tower(args: argparse.Namespace) -> None:
     place = geometry_of(model.config)
     side = model.config.vision_config.image_size
     where = next(model.parameters()).device
-    graphs = None
-    if on_gpu:  # on Model Runner V2 the first, on V1 the second
-        encoder = getattr(getattr(runner, "model_state", None), "encoder_runner", runner)
-        graphs = getattr(encoder, "cudagraph_manager", None)
-        graphs = graphs or getattr(runner, "encoder_cudagraph_manager", None)
-        assert graphs is not None, "no CUDA graphs of the encoder"
-    else:
+    # On Model Runner V2 the first, on V1 the second.
+    encoder = getattr(getattr(runner, "model_state", None), "encoder_runner", None)
+    graphs = getattr(encoder, "cudagraph_manager", None)
+    graphs = graphs or getattr(runner, "encoder_cudagraph_manager", None)
+    if graphs is None:
+        assert not on_gpu, "no CUDA graphs of the encoder"
         print("skipped, needs a GPU: CUDA graphs of the tower")
     kinds: dict[str, Reduction | None] = {"off": None}
     for method in args.methods:
@@ -422,6 +421,7 @@ def tower(args: argparse.Namespace) -> None:
     print("| images | setting | without graphs | of vLLM's | in graphs | of vLLM's |")
     print("| --- | --- | --- | --- | --- | --- |")
     shares: dict[str, float] = {}
+    apart: dict[str, float] = {}
     for batch in args.batch:
         pixels = torch.randn(batch, 3, side, side, device=where).to(getattr(torch, args.dtype))
         runs: dict[tuple[str, bool], Callable[[], Any]] = {
@@ -437,8 +437,8 @@ def tower(args: argparse.Namespace) -> None:
         times: dict[tuple[str, bool], list[float]] = {run: [] for run in runs}
         with torch.inference_mode():
             for name in kinds if graphs is not None else ():
-                for mine, other in zip(runs[name, False](), runs[name, True](), strict=True):
-                    torch.testing.assert_close(mine, other, atol=0.05, rtol=0.02)
+                pairs = [*zip(runs[name, False](), runs[name, True](), strict=True)]
+                apart[name] = max(float((a - b).abs().max() / b.std()) for a, b in pairs)
             for number in range(args.rounds + 2):
                 for run, call in runs.items():
                     taken = seconds(call)
@@ -459,6 +459,8 @@ def tower(args: argparse.Namespace) -> None:
             print(f"| {batch} | {name} | {' | '.join(cells)} |")
     print()
     if on_gpu:
+        for name, difference in apart.items():
+            bar(f"{name}: largest difference in graphs, by the deviation", difference, 0.05)
         for name, share in shares.items():
             bar(f"{name}: tower of {max(args.batch)} images, of vLLM's", share, 1.05)
 
