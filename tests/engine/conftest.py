@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,8 +105,13 @@ class Engine:
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
         runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        v2 = type(runner).__module__.startswith("vllm.v1.worker.cpu.")
+        v2 = type(runner).__module__.startswith(("vllm.v1.worker.cpu.", "vllm.v1.worker.gpu."))
         return v2 and isinstance(self.scheduler, AsyncScheduler)
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's kernels run in its interpreter, where all takes long."""
+        return self.asynchronous and not torch.cuda.is_available()
 
     @property
     def model(self) -> Any:
@@ -183,8 +190,14 @@ def siglip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_llava(tmp_path_factory.mktemp("siglip"), "siglip")
 
 
+FROM_OUTSIDE = "FICOCO_TEST_ENGINE"
+"""A variable of the environment with options of ``vllm.LLM`` in JSON, which hold for every engine
+of the tests, whatever they ask for: ``{"attention_config": {"backend": "TRITON_ATTN"}}``."""
+
+
 def make_engine(model: Path, **options: Any) -> Iterator[Engine]:
     """An engine for the time of a fixture."""
+    options |= json.loads(os.environ.get(FROM_OUTSIDE, "{}"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the scheduler must be in reach
         engine = Engine(model, **options)

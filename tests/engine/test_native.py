@@ -251,7 +251,7 @@ def test_every_shape_and_method(served: Served) -> None:
     asks = of_every_shape() + of_every_method()
     if served.family == "qwen3-vl-moe":  # but for its experts, as Qwen3-VL
         asks = asks[::4]
-    if served.engine.asynchronous:  # in Triton's interpreter, see below
+    if served.engine.interpreted:  # in Triton's interpreter, see below
         asks = asks[::5]
     assert check(served.engine, served.reference, asks, times=2) >= len(asks) // 8
 
@@ -263,7 +263,7 @@ def test_without_the_offsets_it_would_be_wrong(
 
     Of what is not reduced, no bit depends on them.
     """
-    if served.engine.asynchronous:
+    if served.engine.interpreted:
         pytest.skip("takes long in Triton's interpreter")
     monkeypatch.setattr(Offsets, "add", lambda *_: None)
     reduced = [show((size, to(20, "topk"))) for size in ("square", "wide", "tall")]
@@ -292,7 +292,7 @@ def test_unreduced_is_bit_identical_to_vllm(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same engine with vLLM's own methods gives the same bits."""
-    if served.engine.asynchronous:
+    if served.engine.interpreted:
         pytest.skip("takes long in Triton's interpreter")
     asks = [show((size, None)) for size in SIZES]
     asks += [show(("tiny", None), ("odd", to(1000, "topk"))), show(("odd", None), frames=4), show()]
@@ -326,7 +326,7 @@ def forget(engine: Engine) -> None:
 
 def test_image_embeds_are_what_they_were(served: Served) -> None:
     """As their image, beside others with budgets; refused with a budget of their own."""
-    if served.engine.asynchronous:
+    if served.engine.interpreted:
         pytest.skip("takes long in Triton's interpreter")
     ask = show(("odd", None))
     seen = served.reference.see(ask.pictures[0], {})

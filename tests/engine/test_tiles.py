@@ -338,7 +338,7 @@ def test_next_in_the_decoder(tmp_path: Path) -> None:
     reference = ReferenceTiles(str(checkpoint))
     with contextmanager(make_engine)(checkpoint, **{**STAGED, **ROOMY}) as engine:
         asks = [*in_the_decoder(), *of_every_method(counts(reference))[::2]]
-        if engine.asynchronous:  # in Triton's interpreter, see below
+        if engine.interpreted:  # in Triton's interpreter, see below
             asks = asks[::6]
         check(engine, reference, asks, STAGES)
 
