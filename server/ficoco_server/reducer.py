@@ -126,17 +126,18 @@ class Reducer:
             VLLMValidationError: they cannot be used.
         """
         try:
-            self._refuse_hidden(request)
-            images = request._asked.images
-            earlier = max(count_images(messages) - len(images), 0)
-            request._settled = settled(
+            asked = request._asked
+            if asked.misplaced is not None:  # settings that would do nothing, or pass by the policy
+                raise asked.misplaced
+            earlier = max(count_images(messages) - len(asked.images), 0)
+            request._settled = images = settled(
                 self.policy,
                 request.level,
-                [Level()] * earlier + [*images],
+                [Level()] * earlier + [*asked.images],
                 self.geometry,
                 bool(request._lowers),
             )
-            settings = [image.reduction for image in request._settled]
+            settings = [image.reduction for image in images]
             # Not by what is in an image: of a ladder, whatever it comes to.
             waiting = [r for r in settings if isinstance(r, OfLadder)]
             _refuse_whole_prompts(request, waiting if self.geometry.by_image else settings)
@@ -184,12 +185,6 @@ class Reducer:
         if self.geometry.by_image:
             return [packed.layout for packed in engine_input.get(COUNTS_KEY, ())]
         return [None if given else self.geometry.layout for given in embeds]
-
-    @staticmethod
-    def _refuse_hidden(request: ReductionFields) -> None:
-        """Refuse settings in places where they would do nothing, or pass by the policy."""
-        if request._asked.misplaced is not None:
-            raise request._asked.misplaced
 
     def too_large(self, layout: Layout) -> bool:
         """Whether an image that comes rendered has more tokens than the tower has room for.

@@ -76,9 +76,15 @@ class SentImages(LruKeyReplicatedSenderCache):
                     self._sent.get(name)
                 else:
                     self._sent.pop(name)
-                    size = MultiModalCache.get_item_size(feature.data)
+                    size = self._size(name, feature.data)
                     if not self._sent.put_if_fits(name, size):
                         self._sent.clear()  # the engine may have made room for it
+
+    def _size(self, name: str, data: Any) -> int:
+        """Of an image's data, as the engine counts it. When it was rendered, vLLM has counted."""
+        if name in self._cache:
+            return self._cache.__getitem__(name, update_info=False).item_size
+        return MultiModalCache.get_item_size(data)
 
     def is_cached_item(self, mm_hash: str) -> bool:
         """Whether an image need not be rendered: the engine or another request has its data."""

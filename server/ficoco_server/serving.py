@@ -172,16 +172,18 @@ class ReductionRenderer(OnlineRenderer):
         finally:
             request.mm_processor_kwargs = theirs
         (engine_input,) = rendered[1]
-        embeds = [image.embeds for image in request._settled]
+        images, seen = request._settled, request._seen  # pydantic looks for what is private, long
+        embeds = [image.embeds for image in images]
         settings = self.reducer.fit(request, engine_input)
-        request._seen.expect(settings)
+        seen.expect(settings)
         self.reducer.refuse_too_long(request, settings, embeds, engine_input)
         self.reducer.refuse_too_many(request, settings, embeds, engine_input)
-        asked = [image.reduction for image in request._settled]
-        request._report = self.reducer.report(settings, embeds, engine_input, asked)
-        request._seen.describe(
-            self.reducer.prefilled(request._report),
-            any("lowered_by" in image for image in (request._report or {}).get("images", ())),
+        asked = [image.reduction for image in images]
+        report = self.reducer.report(settings, embeds, engine_input, asked)
+        request._report = report
+        seen.describe(
+            self.reducer.prefilled(report),
+            any("lowered_by" in image for image in (report or {}).get("images", ())),
         )
         return rendered
 
@@ -217,11 +219,11 @@ class ReductionChat(OpenAIServingChat):
         results = seen.results(result_generator, streaming=False)
         response = await seen.watch(full(request, results, *args, **kwargs))
         if not isinstance(response, ErrorResponse):
-            if request._report:
-                response.reduction = request._report
+            if report := request._report:
+                response.reduction = report
                 details = response.usage.prompt_tokens_details or PromptTokenUsageInfo()
                 response.usage.prompt_tokens_details = PromptTokenUsageInfo(
-                    **_with_visual(details.model_dump(), request._report)
+                    **_with_visual(details.model_dump(), report)
                 )
             seen.finish("success")
         return response
