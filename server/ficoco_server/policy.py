@@ -109,7 +109,7 @@ class Policy(BaseModel):
             if name == "default_budget" and text.lower() == AUTO:
                 given[name] = AUTO
             elif name == "methods":
-                given[name] = tuple(part.strip() for part in text.split(",") if part.strip())
+                given[name] = _entries(text)
             elif name == "auto_budgets":
                 given[name] = _rungs(name, text)
             elif name == "graphs":
@@ -315,8 +315,13 @@ def _budget(name: str, text: str) -> int:
     return budget
 
 
+def _entries(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def _declared(name: str, text: str) -> tuple[str, ...]:
-    entries = tuple(part.strip() for part in text.split(",") if part.strip())
+    entries = _entries(text)
     for entry in entries:
         try:
             declared(entry)

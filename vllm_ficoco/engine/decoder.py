@@ -310,7 +310,9 @@ class StagedDecoder:
                     # Keys and values go where the context says, not where the metadata do.
                     context.slot_mapping[name] = context.attn_metadata[name].ficoco_rows.slots
                 context.cudagraph_runtime_mode = CUDAGraphMode.NONE  # graphs are of all rows
-            elif context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
+            elif context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE and (
+                number or inputs_embeds is None  # these are in the runner's buffer
+            ):
                 hidden, residual = self._where_graphs_look(hidden, residual)
             first = {} if number or levels is None else {"levels": levels}
             hidden, residual = stage(positions, hidden, residual, **first)
