@@ -38,9 +38,9 @@ def _once(kind: type[T], name: str, text: str, labels: Sequence[str], **how: Any
 VISUAL_TOKENS = _once(
     Counter,
     "vllm_ficoco_visual_tokens_total",
-    "Visual tokens of images and videos that were prefilled: before the reduction (stage input), kept after "
-    "it on average over decoder layers (kept), and, on a server with decoder stages, in the layers "
-    "of each (layer_N, its first layer).",
+    "Visual tokens of images and videos that were prefilled: before the reduction (stage input), "
+    "kept after it on average over decoder layers (kept), and, on a server with decoder stages, in "
+    "the layers of each (layer_N, its first layer).",
     ["stage", "method", "modality"],
 )
 BYTES_SAVED = _once(

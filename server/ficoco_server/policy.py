@@ -198,11 +198,11 @@ class Policy(BaseModel):
                     f"{geometry.unsupported}"
                 )
             return
-        if missing := geometry.lacks(METHODS[self.default_method]):
-            able = [name for name in self.methods if not geometry.lacks(METHODS[name])]
+        if reason := geometry.refuses(METHODS[self.default_method]):
+            able = [name for name in self.methods if not geometry.refuses(METHODS[name])]
             raise PolicyError(
-                f"the default method {self.default_method!r} ({_names('default_method')}) needs "
-                f"{missing}, which this model does not offer; of the allowed ones it does: "
+                f"{self.default_method!r} cannot be the default method "
+                f"({_names('default_method')}): {reason}; of the allowed ones these can: "
                 f"{', '.join(able) or 'none'}"
             )
         layout = largest or geometry.layout

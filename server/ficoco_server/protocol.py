@@ -257,8 +257,8 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
     taken = dict(body)
     if isinstance(body.get(turns), list):
         taken[turns] = [turn(m, f"{turns}[{i}]") for i, m in enumerate(body[turns])]
-    of_each = (tuple(items[modality]) for modality in MODALITIES)
-    return taken, Asked(*of_each, misplaced[0] if misplaced else None)
+    first = misplaced[0] if misplaced else None
+    return taken, Asked(tuple(items["image"]), tuple(items["video"]), first)
 
 
 def _only_text(message: Mapping[str, Any]) -> bool:

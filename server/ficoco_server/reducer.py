@@ -580,8 +580,8 @@ def _refusal(request: ReductionFields, error: SettingsError) -> VLLMValidationEr
 
 def reported(report: Mapping[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """What a report says of every image and every video, and which of them it is."""
-    for modality in MODALITIES if report else ():
-        for item in report.get(f"{modality}s", ()):
+    for modality in MODALITIES:
+        for item in (report or {}).get(f"{modality}s", ()):
             yield modality, item
 
 

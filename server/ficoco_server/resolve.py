@@ -132,7 +132,7 @@ def settled(
         one = _admit(policy, wish, image, geometry)
         if lower and image.modality == "image" and not geometry.unsupported:
             one = _lowered(policy, wish, one, image)
-        if known and not isinstance(one.reduction, OfLadder):
+        if known and image.modality == "image" and not isinstance(one.reduction, OfLadder):
             one = one._replace(reduction=fit(policy, one, geometry, geometry.layout))
         admitted.append(one)
     return admitted
@@ -315,8 +315,8 @@ def _admit(policy: Policy, wish: Wish, image: Level, geometry: Geometry) -> Sett
             _within(policy, wish.budget, field, image.modality)
         settings = {"method": wish.method, "budget": wish.budget, "options": wish.options}
         reduction = Reduction.parse(settings)
-    if geometry.by_image:  # what the model lacks for the method, whatever the image
-        geometry.check_method(reduction, field)
+    if geometry.by_image or is_video:  # what the model lacks for the method, whatever the image
+        geometry.check_method(reduction, field, is_video)
     return Settled(reduction, field, modality=image.modality)
 
 
