@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that take images and videos at their own resolution, with positions of three rows (Qwen-VL)."""
+"""Models that take images and videos at their own resolution: positions of three rows (Qwen-VL)."""
 
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ from vllm_ficoco.models.question import questions
 from vllm_ficoco.packed import PACKED_FIELDS, Packed, pack, packed_of
 from vllm_ficoco.settings import (
     BUDGET_KEY,
+    MODALITIES,
     NO_REDUCTION,
     REDUCTION_KEY,
     AutoBudget,
@@ -282,7 +283,7 @@ class ReducingProcessor:
             VLLMValidationError: they cannot be used; vLLM answers with a 400.
         """
         key = _key(kwargs)
-        counts = {modality: items.get_count(modality, strict=False) for modality in PACKED_FIELDS}
+        counts = {modality: items.get_count(modality, strict=False) for modality in MODALITIES}
         try:
             asked = per_item(kwargs, counts)
             for modality, settings in asked.items():
@@ -560,7 +561,7 @@ class ReducingProcessor:
         Raises:
             VLLMValidationError: an item came as a uuid alone, and is not known.
         """
-        for modality in PACKED_FIELDS:
+        for modality in MODALITIES:
             for item, item_hash in enumerate(mm_hashes.get(modality, ())):
                 if mm_data_items[modality][item] is None and not cache.is_cached_item(item_hash):
                     a = "an image" if modality == "image" else f"a {modality}"
@@ -596,7 +597,9 @@ class ReducingProcessor:
             **kwargs,
             REDUCTION_KEY: settings,
             QUESTIONS_KEY: {m: [asking[m][i] for i in items] for m, items in missing.items()},
-            _WHERE_KEY: {m: [(i, _within(ours, m, i)) for i in items] for m, items in missing.items()},
+            _WHERE_KEY: {
+                m: [(i, _within(ours, m, i)) for i in items] for m, items in missing.items()
+            },
         }
 
     def _apply_hf_processor_main(
@@ -693,9 +696,7 @@ class ReducingProcessor:
                 "of it: leave out what changes that.",
                 parameter="mm_processor_kwargs",
             )
-        raise RuntimeError(
-            f"vLLM counts {whole} visual tokens, but {layout} has {layout.tokens}"
-        )
+        raise RuntimeError(f"vLLM counts {whole} visual tokens, but {layout} has {layout.tokens}")
 
     @staticmethod
     def _questions(
@@ -745,7 +746,7 @@ class ReducingProcessor:
         result = super()._cached_apply_hf_processor(inputs, timing_ctx)  # type: ignore[misc]
         inputs.details = {
             modality: [updates[0].content for updates in result.prompt_updates.get(modality, ())]
-            for modality in PACKED_FIELDS
+            for modality in MODALITIES
         }
         return result
 

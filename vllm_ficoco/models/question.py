@@ -2,10 +2,11 @@
 """The question of an image: the words of a prompt by which a method chooses among its tokens.
 
 It is read from the prompt's token ids, whoever made them: it is the text behind an image, up to the
-next image or the end; a video is like an image here. Images with nothing but white space between them share what is behind the
-last. Where the image's turn ends with it, what its turn has before it comes first (a text and then
-an image); a turn goes from one end-of-text token to the next. Special tokens are left out, and of
-long texts all but the last :data:`LONGEST` tokens: what was asked last counts.
+next image or the end; a video is like an image here. Images with nothing but white space between
+them share what is behind the last. Where the image's turn ends with it, what its turn has before it
+comes first (a text and then an image); a turn goes from one end-of-text token to the next. Special
+tokens are left out, and of long texts all but the last :data:`LONGEST` tokens: what was asked last
+counts.
 
 A chat template's own words are text like any other: "ASSISTANT:" behind LLaVA's question, the names
 of roles in Qwen's. So are earlier answers behind the image.
@@ -24,7 +25,7 @@ LONGEST = 256
 def questions(
     prompt: Sequence[int], counts: Mapping[int, int], unspoken: Collection[int], tokenizer: Any
 ) -> dict[int, list[tuple[int, ...]]]:
-    """The question of every image and video of a prompt, as token ids; empty where there is no text.
+    """The question of every image and video, as token ids; empty where a prompt has no text.
 
     Args:
         prompt: one token an image among it.
