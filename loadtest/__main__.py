@@ -5,8 +5,8 @@
 
 Every setting at every concurrency, in turns, with images (or videos: ``--videos 16``) that no cache
 has seen and answers of a fixed length; /metrics is read meanwhile, and a server that kept another
-number of visual tokens than asked is an error. Each run is a line in ``runs.jsonl`` at once: Ctrl-C leaves what was
-measured, and the same command goes on. Report and pictures are made from all lines.
+number of visual tokens than asked is an error. Each run is a line in ``runs.jsonl`` at once: Ctrl-C
+leaves what was measured, and the same command goes on. Report and pictures are made from all lines.
 
 Needs the package's extra ``eval``.
 """
