@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
+import json
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import (
+    decode_mm_kwargs_item,
+    encode_mm_kwargs_item,
+)
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.multimodal.inputs import PlaceholderRange
 
@@ -17,10 +24,17 @@ from ficoco_server.policy import Policy
 from ficoco_server.protocol import ChatRequest, take_settings
 from ficoco_server.reducer import Reducer
 from ficoco_server.serving import _with_visual
+from loadtest.__main__ import main
+from loadtest.traffic import video as video_of_squares
+from tests.server.conftest import API_KEY, MODEL, Server, user, value
+from tests.server.conftest import image as picture_part
+from tests.server.test_http import chat
+from tests.server.test_refusals import post
+from tests.server.test_tiles import CHAT, GENERATE, check_refused
 from tests.videos import data_url, filmed, gif, mp4
-from vllm_ficoco.cost import Decoder
+from vllm_ficoco.cost import Decoder, prefill_flops_ratio
 from vllm_ficoco.models.processing import COUNTS_KEYS, RefusedImage
-from vllm_ficoco.packed import Packed
+from vllm_ficoco.packed import PACKED_FIELDS, Packed, pack, unpack
 from vllm_ficoco.settings import Reduction, SettingsError
 from vllm_ficoco.vision.geometry import Geometry
 from vllm_ficoco.vision.layout import Layout
@@ -370,3 +384,231 @@ async def test_videos_that_cannot_be_loaded(url: str, reason: str) -> None:
             await loaded  # type: ignore[misc]
         assert getattr(refused.value, "parameter", "") == "video_url"
         assert "The video cannot be loaded" in str(refused.value) and reason in str(refused.value)
+
+
+# --- Over HTTP: a Qwen2.5-VL ----------------------------------------------------------------------
+
+SMALL, LONG, TALL = (6, (112, 84)), (12, (56, 56)), (5, (84, 140))
+"""Frames, and width and height of each."""
+TOKENS = {SMALL: 3 * 12, LONG: 6 * 4, TALL: 3 * 15}
+"""Of 28 x 28 pixels of two frames each."""
+DECODER = Decoder(3, 128, 256, 4, 2, 32, 4)
+
+
+def film(shape: Any = SMALL, seed: int = 0, kind: Any = gif, **said: Any) -> dict[str, Any]:
+    """A video of a chat message."""
+    frames, size = shape
+    url = data_url(kind(filmed(frames, size, seed)))
+    return {"type": "video_url", "video_url": {"url": url, **said}}
+
+
+def reported(answer: Any, modality: str = "video") -> list[tuple[Any, ...]]:
+    """Of every video what an answer's report says."""
+    names = ("method", "budget", "visual_tokens_before", "visual_tokens_kept")
+    return [tuple(one[name] for name in names) for one in answer.reduction[f"{modality}s"]]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("kind", [mp4, gif])
+@pytest.mark.parametrize("shape", TOKENS)
+def test_a_budget_is_held_exactly(native: Server, shape: Any, kind: Any) -> None:
+    """Sent twice: what the report says survives the processor's cache."""
+    tokens, text = TOKENS[shape], chat(native).usage.prompt_tokens + 2  # a video's begin and end
+    for budget in (1 + shape[0] // 2, tokens - 1, tokens):
+        held = min(budget, tokens)
+        said = ("score", budget) if held < tokens else ("none", None)
+        answers = [chat(native, film(shape, 1, kind), visual_token_budget=budget) for _ in range(2)]
+        for answer in answers:
+            assert answer.usage.prompt_tokens == text + held
+            details = answer.usage.prompt_tokens_details
+            assert details.video_tokens == details.multimodal_tokens["video"] == held
+            assert reported(answer) == [(*said, tokens, held)]
+            report = answer.reduction
+            assert report["visual_tokens_before"] == tokens and report["images"] == []
+            assert report["kv_cache_bytes_saved"] == (tokens - held) * 3 * 2 * 2 * 32 * 4
+            ratio = prefill_flops_ratio([text + held] * 3, text + tokens, DECODER)
+            assert report["estimated_prefill_flops_ratio"] == round(ratio, 4)
+        assert len({answer.choices[0].message.content for answer in answers}) == 1
+
+
+@pytest.mark.server
+def test_every_image_and_video_its_own_settings(native: Server) -> None:
+    parts = [
+        film(SMALL, 1, reduction={"method": "uniform", "budget": 9}),
+        picture_part(1, (100, 100), visual_token_budget=3),
+        film(LONG, 2),
+        picture_part(2, (200, 50)),
+        film(TALL, 3, mp4, visual_token_budget=1000),
+    ]
+    videos = [("uniform", 9, 36, 9), ("score", 8, 24, 8), ("none", None, 45, 45)]
+    images = [("score", 3, 16, 3), ("score", 8, 14, 8)]
+    whole = chat(native, *parts, visual_token_budget=8)
+    assert (reported(whole), reported(whole, "image")) == (videos, images)
+    assert whole.reduction["method"] == "mixed"
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(chat(native, *parts, visual_token_budget=8, **options))
+    assert (reported(chunks[-1]), reported(chunks[-1], "image")) == (videos, images)
+    details = chunks[-1].usage.prompt_tokens_details
+    assert (details.image_tokens, details.video_tokens) == (11, 62)
+    assert details.visual_tokens_kept == 73
+    alone = chat(native, *parts)
+    assert reported(alone)[1] == ("none", None, 24, 24), "an unreduced one beside reduced ones"
+
+
+@pytest.mark.server
+def test_every_method_that_is_allowed_for_videos(native: Server) -> None:
+    about = native.http.get("/v1/reduction").json()
+    assert about["model"]["videos"] is True
+    methods = about["policy"]["video_methods"]
+    assert {"none", "score", "topk", "uniform", "ficoco-v"} <= {*methods}
+    assert not {"tome", "resize", "fastv"} & {*methods}
+    for method in methods:
+        answer = chat(native, film(), reduction={"method": method, "budget": 30})
+        assert [one[-1] for one in reported(answer)] == [36 if method == "none" else 30], method
+    for method in {*about["policy"]["methods"]} - {*methods}:
+        body = {"messages": user(film()), "reduction": {"method": method, "budget": 30}}
+        check_refused(native, CHAT, body, "reduction.method", f"one of {', '.join(methods)}")
+
+
+@pytest.mark.server
+def test_frames_that_the_client_asks_for(native: Server) -> None:
+    """N is of the frames that are left of a file, and so is what a budget of N means."""
+    for frames, tokens in (4, 24), (2, 12):
+        options = {"media_io_kwargs": {"video": {"num_frames": frames, "fps": -1}}}
+        body = {"messages": user(film()), **options, "visual_token_budget": 20}
+        answer = post(native, CHAT, body)
+        assert answer.status_code == 200, answer.text
+        [one] = answer.json()["reduction"]["videos"]
+        assert (one["visual_tokens_before"], one["visual_tokens_kept"]) == (tokens, min(tokens, 20))
+
+
+@pytest.mark.server
+def test_metrics_count_videos(native: Server) -> None:
+    name = "vllm_ficoco_visual_tokens_total"
+    before = native.metrics()
+    chat(
+        native,
+        film(seed=40),
+        picture_part(40, (100, 100)),
+        reduction={"method": "dpp", "budget": 7},
+    )
+    now = native.metrics()
+
+    def change(name: str, **labels: str) -> float:
+        return value(now, name, method="dpp", **labels) - value(
+            before, name, method="dpp", **labels
+        )
+
+    assert change(name, stage="input", modality="video") == 36
+    assert change(name, stage="kept", modality="video") == 7
+    assert change(name, stage="input", modality="image") == 16
+    saved = "vllm_ficoco_kv_cache_bytes_saved_total"
+    assert change(saved, modality="video") == 29 * DECODER.kv_bytes_per_token
+    assert change("vllm_ficoco_kv_blocks_saved_total", modality="video") > 0
+
+
+@pytest.mark.server
+def test_a_video_by_its_uuid(native: Server) -> None:
+    def ask(data: bool, **said: Any) -> Any:
+        url = film(seed=80)["video_url"] if data else None
+        part = {"type": "video_url", "uuid": "a video of ours", "video_url": url}
+        return post(native, CHAT, {"messages": user(part), **said})
+
+    for said, held in ({"visual_token_budget": 6}, 6), ({}, 36):
+        unknown = ask(False, **said)
+        assert unknown.status_code == 400 and unknown.json()["error"]["param"] == "uuid"
+        for data in (True, False, False):
+            answer = ask(data, **said)
+            assert answer.status_code == 200, answer.text
+            [report] = answer.json()["reduction"]["videos"]
+            assert (report["visual_tokens_before"], report["visual_tokens_kept"]) == (36, held)
+
+
+@pytest.mark.server
+def test_refusals_of_videos(native: Server) -> None:
+    part = "messages[0].content[0].video_url"
+    for said, param, fragment in (
+        ({"visual_token_budget": "auto"}, "visual_token_budget", "a number for a video"),
+        ({"reduction": {"budget": 0}}, "reduction.budget", "a whole number"),
+        ({"visual_token_budget": 1}, "visual_token_budget", "a budget from 2 on"),
+    ):
+        key = next(iter(said))
+        check_refused(native, CHAT, {"messages": user(film()), **said}, param, fragment)
+        on_part = {"messages": user(film(**said))}
+        check_refused(native, CHAT, on_part, param.replace(key, f"{part}.{key}"), fragment)
+    for url in (data_url(gif(filmed(1))), "file:///etc/hostname", "data:video/mp4;base64,AAAA"):
+        for path in (CHAT, "/v1/messages"):
+            body = {"messages": user({"type": "video_url", "video_url": {"url": url}})}
+            answer = post(native, path, body)
+            assert answer.status_code == 400, answer.text
+            if path == CHAT:
+                assert answer.json()["error"]["param"] == "video_url"
+    for path in ("/tokenize", f"{CHAT}/render", "/v1/messages"):
+        answer = post(native, path, {"messages": user(film(visual_token_budget=5))})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == f"{part}.visual_token_budget"
+
+
+@pytest.mark.server
+def test_a_prompt_too_long_for_the_model(native: Server) -> None:
+    """The largest budget that would do, counted with what stands between the videos."""
+    shape = (40, (280, 196))
+
+    def ask(**said: Any) -> Any:
+        body = {"messages": user(*(film(shape, seed) for seed in range(12)))}
+        return post(native, CHAT, body | said)
+
+    refused = ask()
+    assert refused.status_code == 400, refused.text
+    message = refused.json()["error"]["message"]
+    fits = int(re.findall(r"visual_token_budget (\d+) or less for every video", message)[0])
+    assert ask(visual_token_budget=fits).status_code == 200
+    assert ask(visual_token_budget=fits + 1).status_code == 400, "it is the largest"
+
+
+@pytest.mark.server
+def test_a_rendered_video_stays_whole(native: Server) -> None:
+    body = {"model": MODEL, "messages": user(film()), "max_tokens": 2, "temperature": 0}
+
+    def rendered() -> Any:
+        return native.http.post(f"{CHAT}/render", json=body).json()
+
+    answer = native.http.post(GENERATE, json=rendered())
+    assert answer.status_code == 200, answer.text
+    chosen = native.http.post(CHAT, json=body | {"return_token_ids": True}).json()["choices"][0]
+    assert answer.json()["choices"][0]["token_ids"] == chosen["token_ids"]
+    unseen = rendered()
+    unseen["features"]["kwargs_data"] = unseen["features"]["mm_metadata"] = None
+    reduced = rendered()
+    [data] = reduced["features"]["kwargs_data"]["video"]
+    item, name = decode_mm_kwargs_item(data), PACKED_FIELDS["video"]
+    item[name].data = pack(Reduction(budget=5), unpack(item[name].data).layout)
+    reduced["features"]["kwargs_data"]["video"] = [encode_mm_kwargs_item(item)]
+    reduced["features"]["mm_metadata"] = None
+    for prompt, fragment in (unseen, "a hash does not say"), (reduced, "stays whole here"):
+        refused = native.http.post(GENERATE, json=prompt)
+        assert refused.status_code == 400, refused.text
+        assert fragment in refused.json()["error"]["message"]
+
+
+@pytest.mark.server
+def test_a_load_test_of_videos(
+    native: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
+    flags = ["--videos=6", "--image-size=56", "--budgets=1000,8", "--methods=score", "--repeat=1"]
+    flags += ["--concurrency=4", "--requests=8", "--output-tokens=4", f"--out={tmp_path}"]
+    main([f"--base-url={native.url}", *flags])
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [line["setting"] for line in lines] == ["none", "score@8"]
+    assert lines[0]["conditions"]["visual_tokens"] == 12
+    assert lines[0]["conditions"]["video_frames"] == 6
+    assert lines[1]["watch"]["visual_tokens_kept"] == {"score": pytest.approx(8 / 12)}
+
+
+def test_the_load_tests_videos_differ_and_move() -> None:
+    urls = {video_of_squares(56, 5, [1, seed]) for seed in range(8)}
+    assert len(urls) == 8
+    frames, _ = Connector().fetch_video(urls.pop()).media
+    assert frames.shape == (5, 56, 56, 3)
+    assert all((a != b).any() for a, b in pairwise(frames))
