@@ -62,6 +62,12 @@ class VisionOptions(Options):
     )
     """Of an image in tiles (LLaVA-NeXT, LLaVA-OneVision), whether the newline tokens behind its
     rows stay, within the budget; ``none``: they leave before any patch does."""
+    frames: Annotated[
+        Literal["even", "unique"], Field(exclude_if=lambda value: value == "even")
+    ] = "even"
+    """Of a video, how its frames share the budget: equally, or those that are least like the whole
+    video get up to three times as much as those that are most like it
+    (:func:`vllm_ficoco.schedule.by_rank`)."""
 
 
 @dataclass(frozen=True)
@@ -537,6 +543,20 @@ class Across:
 
 
 @dataclass(frozen=True)
+class AcrossFrames:
+    """How a method chooses among all frames of a video, on the tower's output."""
+
+    shares: Callable[[int, int, int, Any], list[int]]
+    """(patches that stay, frames, patches of one, options) -> how many stay of every frame. Raises
+    ValueError with what would be allowed, for a number that cannot be reached."""
+    choose: Callable[[Any, Any, Sequence[int], Any], Tensor]
+    """(tokens (B, F, n, D), evidence over B * F frames, those shares, options) -> (B, patches that
+    stay) places, ascending, in ``F * n``."""
+    by_content: bool = False
+    """Which frame keeps how much is seen on the device, and of the shares only the sum holds."""
+
+
+@dataclass(frozen=True)
 class Method:
     """One way to reduce: a place, a schedule, the three steps; and what it does in the decoder."""
 
@@ -575,6 +595,21 @@ class Method:
     decoder: DecoderPart | None = None
     across: Across | None = None
     """How it compares the parts of an image in tiles; None: each part is reduced by itself."""
+    across_frames: AcrossFrames | None = None
+    """How it compares the frames of a video; such a method is for videos alone. None: each frame is
+    reduced by itself."""
+
+    @property
+    def for_videos_alone(self) -> bool:
+        """Whether it has nothing to say of an image."""
+        return self.across_frames is not None
+
+    def on_frames(self, options: Any) -> str:
+        """How much every frame of a video keeps: ``fixed`` by counts, or by what is ``seen`` on the
+        device."""
+        if self.across_frames is not None:
+            return "seen" if self.across_frames.by_content else "fixed"
+        return "seen" if getattr(options, "frames", "even") == "unique" else "fixed"
 
     @property
     def places(self) -> list[str]:

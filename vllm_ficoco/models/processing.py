@@ -40,7 +40,7 @@ from vllm_ficoco.settings import (
     OfLadder,
     Reduction,
     SettingsError,
-    per_image,
+    per_item,
 )
 from vllm_ficoco.vision.complexity import UnknownPixels, asks_for
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
@@ -254,7 +254,7 @@ class ReducingProcessor:
         """
         key = _key(kwargs)
         try:
-            asked = per_image(kwargs, items.get_count("image", strict=False))
+            asked = per_item(kwargs, {"image": items.get_count("image", strict=False)})["image"]
             if any(asked) and self.geometry.unsupported:
                 raise SettingsError(key, kwargs.get(key), self.geometry.unsupported)
             if any(asked) and isinstance(items["image"], _EMBEDDINGS):
