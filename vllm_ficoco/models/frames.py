@@ -19,7 +19,7 @@ from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 
-from vllm_ficoco.methods.paradigm import Evidence
+from vllm_ficoco.methods.paradigm import Evidence, Tokens, on_device
 from vllm_ficoco.models.layered import LayeredModel, of_images
 from vllm_ficoco.models.processing import ReducingProcessor
 from vllm_ficoco.packed import PACKED_FIELDS, Packed, unpack
@@ -179,4 +179,25 @@ def reduce_frames(
     layout: Layout,
     plans: Sequence[PartPlan],
 ) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+    method, options = reduction.spec, reduction.parsed_options()
+    each, alike = tokens.shape[1], dict[int, list[int]]()
+    for plan in plans:
+        alike.setdefault(plan.keep, []).append(plan.part)
+    kept, places = [], []
+    for keep, frames in alike.items():
+        index = on_device(frames, tokens.device)
+        left = Tokens.of(tokens[index])
+        if keep < each:
+            question = evidence.question
+            of = replace(
+                evidence,
+                query=evidence.query[index],
+                key=evidence.key[index],
+                pixels=evidence.pixels[index],
+                question=None if question is None else question[index],
+            )
+            left = method.reduce(left, of, keep, options)
+        kept.append(left.hidden.flatten(0, 1))
+        places.append((left.position + index[:, None] * each).flatten())
+    place, order = torch.cat(places).sort()
+    return torch.cat(kept)[order], place
