@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that take images at their own resolution, with positions of three rows (Qwen-VL)."""
+"""Models that take images and videos at their own resolution: positions of three rows (Qwen-VL)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -20,13 +20,27 @@ from vllm.model_executor.models.qwen2_vl import Qwen2VLProcessingInfo
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.multimodal.parse import ImageSize
 from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.multimodal.processing.processor import PromptUpdateDetails
 from vllm.sequence import IntermediateTensors
 
 from vllm_ficoco.engine.checks import check_positions
-from vllm_ficoco.engine.positions import Offsets, PlacedState, enlarge_table, shortened, table_size
+from vllm_ficoco.engine.positions import (
+    Offsets,
+    PlacedState,
+    enlarge_table,
+    shortened,
+    table_size,
+    turns_of,
+)
 from vllm_ficoco.engine.visual import VisualTokens
 from vllm_ficoco.models.config import ENCODER_TOKENS_KEY
-from vllm_ficoco.models.processing import COUNTS_KEY, ReducingProcessor, RefusedPositions
+from vllm_ficoco.models.processing import (
+    COUNTS_KEY,
+    COUNTS_KEYS,
+    CountedDetails,
+    ReducingProcessor,
+    RefusedPositions,
+)
 from vllm_ficoco.models.reducing import ReducingModel
 from vllm_ficoco.packed import PACKED_FIELD, Packed, unpack
 from vllm_ficoco.vision.geometry import Geometry
@@ -105,46 +119,87 @@ class NativeProcessor(ReducingProcessor):
         Raises:
             VLLMValidationError: the tower cannot take them in.
         """
+        self._check_patches("image", processed["pixel_values"])
+
+    def _check_patches(self, kind: str, pixels: Any) -> None:
         values = self.patch_values
-        pixels: Any = processed["pixel_values"]
         if not isinstance(pixels, Tensor) or pixels.shape[-1] != values:
             had = getattr(pixels, "shape", (0,))[-1]
             raise VLLMValidationError(
-                f"Patches of the image have {had} values as {type(pixels).__name__}, and the model "
-                f"takes in {values} as Tensor: leave out what changes that.",
+                f"Patches of the {kind} have {had} values as {type(pixels).__name__}, and the "
+                f"model takes in {values} as Tensor: leave out what changes that.",
                 parameter="mm_processor_kwargs",
             )
+
+    def video_layouts(self, processed: BatchFeature) -> list[Layout]:
+        """Of their grids of patches: what the tower makes of two frames is one here."""
+        self._check_patches("video", processed["pixel_values_videos"])
+        side = self.merge_size
+        return [
+            Layout((rows // side, columns // side), frames=frames)
+            for frames, rows, columns in torch.as_tensor(processed["video_grid_thw"]).tolist()
+        ]
+
+    def placeholders(
+        self, whole: PromptUpdateDetails, packed: Packed, fields: Mapping[str, Any]
+    ) -> CountedDetails:
+        """As its base's; and how many positions the item takes."""
+        details = super().placeholders(whole, packed, fields)
+        assert packed.layout is not None
+        details.span = self.span_of(packed.layout, fields)
+        return details
+
+    def span_of(self, layout: Layout, fields: Mapping[str, Any]) -> int:
+        """Positions that an item takes: as many as the largest of its three sides."""
+        if not layout.is_video:
+            return max(layout.grid)
+        vision, seconds = self.info.get_hf_config().vision_config, fields.get("second_per_grid_ts")
+        turns = turns_of(layout.frames, vision, seconds.data.item() if seconds else None)
+        return max(turns[-1] + 1, *layout.grid)
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """As its base's.
 
         Raises:
-            VLLMValidationError: an image is too large for the tower.
+            VLLMValidationError: an image or a video is too large for the tower.
             RefusedPositions: the prompt's images would take positions that the model has not.
         """
         made = super().apply(inputs, timing_ctx)
-        self._refuse_large(made[COUNTS_KEY])
-        self.refuse_far(made[COUNTS_KEY])
+        for modality, key in COUNTS_KEYS.items():
+            self._refuse_large(modality, made[key])
+        videos = [details for details in inputs.details["video"] if hasattr(details, "span")]
+        self.refuse_far(made[COUNTS_KEY], videos)
         return made
 
-    def _refuse_large(self, images: Sequence[Packed]) -> None:
-        """vLLM does so by what an image holds in the prompt: a budget would get it past that."""
-        for image, packed in enumerate(images):
+    def _refuse_large(self, modality: str, items: Sequence[Packed]) -> None:
+        """vLLM does so by what an item holds in the prompt: a budget would get it past that."""
+        for item, packed in enumerate(items):
             if packed.reduction is None or packed.layout is None:
                 continue
-            # As vLLM reserves: for the largest image, or for a whole step where that is more.
+            # As vLLM reserves: for the largest image or video, or for a whole step where that is
+            # more.
             step = getattr(self.info.get_hf_config(), ENCODER_TOKENS_KEY, 0)
-            most = max(step, self.largest_layout.tokens)
+            largest = self.largest_layout.tokens if modality == "image" else self._largest_item
+            most = max(step, largest)
             if packed.layout.tokens > most:
                 raise VLLMValidationError(
-                    f"Image {image} has {packed.layout.tokens} visual tokens before it is reduced, "
-                    f"and the tower takes in {most} at most, whatever its budget: leave out what "
-                    "enlarges it.",
+                    f"{modality.capitalize()} {item} has {packed.layout.tokens} visual tokens "
+                    f"before it is reduced, and the tower takes in {most} at most, whatever its "
+                    "budget: leave out what enlarges it.",
                     parameter="mm_processor_kwargs",
                 )
 
-    def refuse_far(self, images: Sequence[Packed]) -> None:
-        """An image takes as many positions as the larger side of its grid, however little stays.
+    @cached_property
+    def _largest_item(self) -> int:
+        """Visual tokens of the largest image or video, as vLLM counts them."""
+        allowed = [kind for kind, limit in self.info.allowed_mm_limits.items() if limit]
+        length = self.info.ctx.model_config.max_model_len
+        counts = self.info.get_mm_max_tokens_per_item(length, dict.fromkeys(allowed, 1))
+        return max(counts[kind] for kind in allowed)
+
+    def refuse_far(self, images: Sequence[Packed], videos: Sequence[CountedDetails] = ()) -> None:
+        """An image takes as many positions as the larger side of its grid, however little stays,
+        and a video as many as its time.
 
         A position behind the end of the rotary table ends the engine, so what may follow the prompt
         is counted with it.
@@ -152,18 +207,20 @@ class NativeProcessor(ReducingProcessor):
         Raises:
             RefusedPositions: the prompt comes too near.
         """
+        spans = [(packed, max(packed.layout.grid)) for packed in images if packed.layout]
+        spans += [(details.packed, details.span) for details in videos]
         beyond = 0
-        for packed in images:
-            if packed.reduction is not None and packed.layout is not None:
-                kept = self.geometry.kept(packed.reduction, layout=packed.layout)
-                beyond += max(0, max(packed.layout.grid) - kept)
+        for packed, span in spans:
+            if packed.reduction is not None:
+                beyond += max(0, span - self.geometry.kept(packed.reduction, layout=packed.layout))
         model = self.info.ctx.model_config
         table = table_size(model.hf_text_config)
         if beyond and model.max_model_len + beyond > table:
+            what = "images and videos" if videos else "images"
             raise RefusedPositions(
-                f"The images of this prompt take {beyond} positions more than they keep tokens, "
+                f"The {what} of this prompt take {beyond} positions more than they keep tokens, "
                 f"and this model has {max(0, table - model.max_model_len)} to spare ({table}, less "
-                f"{model.max_model_len} of the context): send fewer images, or give long ones a "
+                f"{model.max_model_len} of the context): send fewer {what}, or give long ones a "
                 "larger budget.",
                 parameter="visual_token_budget",
             )
