@@ -63,6 +63,21 @@ class FramesProcessor(ReducingProcessor):
                 )
         return [self.video_layout(len(video)) for video in processed[PIXELS]]
 
+    def check_count(self, whole: int, layout: Layout) -> None:
+        """As of images; of a video vLLM counts the frames that came, whatever has become of them.
+
+        Raises:
+            VLLMValidationError: options of the request have changed their number.
+        """
+        if not layout.is_video or whole == layout.tokens:
+            return super().check_count(whole, layout)
+        raise VLLMValidationError(
+            f"A video has {whole} visual tokens, of which processor options have left "
+            f"{layout.tokens}: leave out what changes its frames (media_io_kwargs may, which are "
+            "followed when its file is read).",
+            parameter="mm_processor_kwargs",
+        )
+
 
 class Pooled(NamedTuple):
     """How a model makes tokens of the patches of frames."""

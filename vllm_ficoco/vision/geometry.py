@@ -479,7 +479,7 @@ def geometry_of(config: Any) -> Geometry:
         # Of LLaVA-NeXT-Video there are no images.
         by_image="scaling" in offers or family == "llava_next_video",
         offers=offers,
-        videos=VIDEOS.get(family, "whole"),
+        videos=VIDEOS.get(family or "", "whole"),
     )
 
 

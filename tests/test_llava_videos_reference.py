@@ -13,7 +13,7 @@ import torch
 from tests.checkpoints import random_llava_next_video, random_llava_onevision
 from tests.engine.conftest import NEW_TOKENS, picture
 from tests.reference.llava import one_thread
-from tests.reference.videos import ReferenceVideos
+from tests.reference.llava_videos import ReferenceVideos
 from tests.videos import filmed
 
 
