@@ -13,10 +13,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from tests.reference.methods import ASKING, reduce_one, relevances
+from tests.reference.methods import ASKING, middles, reduce_one, relevances
 from tests.reference.tiles import ReferenceTiles
+from tests.reference.videos import (
+    by_rank,
+    dycoke,
+    even,
+    like_the_video,
+    uniform_frames,
+    vidcom2,
+)
+
+COMPARED = {"vidcom2": vidcom2, "dycoke": dycoke}
+"""Methods that compare frames by their tokens alone."""
 
 
 class Frame(NamedTuple):
@@ -42,6 +54,18 @@ class ReferenceVideos(ReferenceTiles):
     def has_newline(self) -> bool:
         """Whether one stands behind the last frame."""
         return self.model.config.model_type == "llava_onevision"
+
+    def visual_tokens(
+        self,
+        image: Image.Image | np.ndarray,
+        method: str = "none",
+        budget: int = 0,
+        options: dict | None = None,
+    ) -> Tensor:
+        """Of an image, or of a video."""
+        if isinstance(image, np.ndarray):
+            return self.video_tokens(image, method, budget, options)
+        return super().visual_tokens(image, method, budget, options)
 
     @torch.no_grad()
     def video_tokens(
@@ -118,20 +142,43 @@ class ReferenceVideos(ReferenceTiles):
         )  # fmt: skip
 
     def _reduced_frames(
-        self,
-        frames: list[Frame],
-        grid: tuple[int, int],
-        method: str,
-        patches: int,
-        options: dict,
+        self, frames: list[Frame], grid: tuple[int, int], method: str, patches: int, options: dict
     ) -> tuple[Tensor, list[int]]:
         """What stays, the newline left out, and its numbers."""
-        raise NotImplementedError
+        options.pop("newlines", None)  # the one there is stays either way
+        video = torch.stack([frame.tokens for frame in frames]).double().numpy()
+        count, each = video.shape[:2]
+        if method == "uniform-frames":
+            places = uniform_frames(count, each, patches, lambda left: middles(grid, left))
+        elif method in COMPARED:
+            places = COMPARED[method](video, patches, **options)
+        else:
+            return self._by_themselves(frames, grid, method, patches, options)
+        tokens = torch.cat([frame.tokens for frame in frames])[places]
+        return self._projected(tokens), places
+
+    def _by_themselves(
+        self, frames: list[Frame], grid: tuple[int, int], method: str, patches: int, options: dict
+    ) -> tuple[Tensor, list[int]]:
+        """The same by a method that takes a frame for an image."""
+        count, each = len(frames), len(frames[0].tokens)
+        shares = even(patches, count)
+        if options.pop("frames", "even") == "unique":
+            like = like_the_video(torch.stack([f.tokens for f in frames]).double().numpy())
+            order = sorted(range(count), key=lambda i: (like[i], i))
+            for frame, share in zip(order, by_rank(patches, count, each), strict=True):
+                shares[frame] = share
+        kept, places = [], []
+        for number, (frame, keep) in enumerate(zip(frames, shares, strict=True)):
+            rows, of_frame = self._reduced_frame(frame, grid, method, keep, options)
+            kept.append(rows)
+            places += [number * each + place for place in of_frame]
+        return self._projected(torch.cat(kept)), places
 
     def _reduced_frame(
         self, frame: Frame, grid: tuple[int, int], method: str, keep: int, options: dict
     ) -> tuple[Tensor, list[int]]:
-        """What stays of a frame that is reduced by itself, and its places."""
+        """What stays of a frame, and its places."""
         n = len(frame.tokens)
         if keep in (0, n):
             return frame.tokens[:keep], list(range(keep))

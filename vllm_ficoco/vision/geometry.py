@@ -445,7 +445,7 @@ FAMILIES: dict[str, frozenset[Need]] = {
     "llava": _LAYERS,
     "llava_next": _LAYERS | {"scaling"},
     "llava_onevision": _LAYERS | {"scaling"},
-    "llava_next_video": _LAYERS,
+    "llava_next_video": frozenset({"attention"}),  # videos alone: behind the tower
     "qwen2_vl": _NATIVE,
     "qwen2_5_vl": _NATIVE,
     "qwen3_vl": _NATIVE,
@@ -472,7 +472,7 @@ def geometry_of(config: Any) -> Geometry:
         raise UnsupportedModel(
             f"visual tokens can be reduced for {', '.join(FAMILIES)} models, not for {family!r}"
         )
-    geometry = _native(vision) if "layers" not in offers else _llava(config)
+    geometry = _llava(config) if str(family).startswith("llava") else _native(vision)
     return geometry._replace(
         decoder_layers=config.text_config.num_hidden_layers,
         starts=decoder_stages(config),
