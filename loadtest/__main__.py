@@ -114,7 +114,7 @@ async def about(http: httpx.AsyncClient, side: int, frames: int = 0) -> dict[str
     model = answers["reduction"]["model"]
     if not model["supported"]:
         raise SystemExit(f"the server cannot reduce visual tokens: {model['reason']}")
-    if frames and not model["videos"]:
+    if frames and "video" not in model["modalities"]:
         raise SystemExit("the server cannot reduce videos")
     fixed = model["layout"] == "fixed"
     return {

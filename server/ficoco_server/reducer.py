@@ -85,6 +85,13 @@ class Reducer:
         """Pixels of a side of what the tower takes in: an image, or a tile of it."""
         if self.geometry.by_image and processor is None:
             self.geometry = Geometry.none("this server takes no images")
+        limits = processor.info.allowed_mm_limits if processor is not None else {}
+        self.modalities = [
+            modality
+            for modality in MODALITIES
+            if limits.get(modality) and self.geometry.methods(modality == "video")
+        ]
+        """What can be reduced."""
         self.largest: Layout | None = None
         """Of the image that has most tokens; None where nothing can be reduced."""
         self.pressure = Pressure()
@@ -498,7 +505,8 @@ class Reducer:
         return [
             name
             for name in self.geometry.methods(modality == "video")
-            if name in (*self.policy.methods, NO_REDUCTION)
+            if modality in self.modalities
+            and name in (*self.policy.methods, NO_REDUCTION)
             and ((part := METHODS[name].decoder) is None or part.least_stages <= stages)
         ]
 
@@ -514,7 +522,7 @@ class Reducer:
                 "layout": "by image" if geometry.by_image else "fixed",
                 "grid": "by image" if geometry.is_native else list(geometry.grid),
                 "visual_tokens": self.largest.tokens,
-                "videos": geometry.videos != "whole",
+                "modalities": self.modalities,
                 "tower_layers": geometry.layers,
                 "has_cls": geometry.has_cls,
                 "decoder_stages": list(geometry.starts),

@@ -458,7 +458,7 @@ def test_every_image_and_video_its_own_settings(native: Server) -> None:
 @pytest.mark.server
 def test_every_method_that_is_allowed_for_videos(native: Server) -> None:
     about = native.http.get("/v1/reduction").json()
-    assert about["model"]["videos"] is True
+    assert about["model"]["modalities"] == ["image", "video"]
     methods = about["policy"]["video_methods"]
     assert {"none", "score", "topk", "uniform", "ficoco-v"} <= {*methods}
     assert not {"tome", "resize", "fastv"} & {*methods}
