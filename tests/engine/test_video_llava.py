@@ -7,7 +7,7 @@ the engine; prompts are as long as their videos keep tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,15 +29,14 @@ from tests.reference.llava_videos import ReferenceVideos
 from tests.videos import filmed, gif, mp4
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.models.processing import COUNTS_KEYS
-from vllm_ficoco.vision.geometry import geometry_of
 
 pytestmark = pytest.mark.engine
 
 TIGHT = {
     **ROOMY,
     "max_num_batched_tokens": 48,
-    "max_model_len": 512,
-    "num_gpu_blocks_override": 20,
+    "max_model_len": 640,
+    "num_gpu_blocks_override": 22,
     "limit_mm_per_prompt": {"image": 3, "video": 3},
 }
 """Steps smaller than most videos, and a pool for a few requests."""
