@@ -37,6 +37,7 @@ from vllm_ficoco.vision.layout import Layout
 
 PIXELS, EMBEDS, HANDLE = "pixel_values", "image_embeds", "signature"
 SIZE, GRID = "image_sizes", "image_grid_thw"
+VIDEO_PIXELS, VIDEO_EMBEDS, VIDEO_GRID = "pixel_values_videos", "video_embeds", "video_grid_thw"
 
 LARGEST_SIDE = 10**6
 """Pixels."""
@@ -102,7 +103,7 @@ def check_features(request: Any, reducer: Reducer) -> None:
             raise SettingsError(f"features.mm_hashes.image[{i}]", hashes[i], allowed)
         images.append(due.packed)
     if geometry.videos != "whole":
-        _check_videos(features)
+        _check_videos(features, reducer)
     if geometry.is_native:
         try:
             reducer.processor.refuse_far(images)
@@ -110,8 +111,8 @@ def check_features(request: Any, reducer: Reducer) -> None:
             raise VLLMValidationError(str(refused.args[0]), parameter="features") from None
 
 
-def _check_videos(features: Any) -> None:
-    """Whether every rendered video is there, and whole.
+def _check_videos(features: Any, reducer: Reducer) -> None:
+    """Whether every rendered video is there, whole, and has as many tokens as its place.
 
     Raises:
         SettingsError: one is not.
@@ -124,8 +125,37 @@ def _check_videos(features: Any) -> None:
             raise SettingsError(field, None, why)
         if _packed_in(item, field, name).reduction is not None:
             raise SettingsError(f"{field}.{name}", "settings", "left out: a video stays whole here")
-        tokens = features.mm_placeholders["video"][i].length
-        hashes[i] = _own_hash(hashes[i], {}, Due(tokens, "as in vLLM"))
+        due = Due(_tokens_of_video(item, field, reducer), "what its frames have")
+        place = features.mm_placeholders["video"][i]
+        # Text between frames counts with a place, and says nothing of it in its length.
+        if reducer.geometry.videos == "reduced" and place.length != due.tokens:
+            field = f"features.mm_placeholders.video[{i}].length"
+            raise SettingsError(field, place.length, f"{due.tokens}, {due.why}")
+        hashes[i] = _own_hash(hashes[i], {}, due)
+
+
+def _tokens_of_video(item: Any, field: str, reducer: Reducer) -> int:
+    """Visual tokens that the engine makes of a video.
+
+    Raises:
+        SettingsError: its fields are not those of a video.
+    """
+    if VIDEO_EMBEDS in item and VIDEO_PIXELS not in item:
+        return (*_shape(item, VIDEO_EMBEDS), 0)[0]
+    native = reducer.geometry.is_native  # where patches do not say whose they are
+    try:
+        pixels = item[VIDEO_PIXELS].data
+        fields = {VIDEO_PIXELS: pixels if native else [pixels]}
+        if native:
+            fields[VIDEO_GRID] = item[VIDEO_GRID].data[None]
+        [layout] = reducer.processor.video_layouts(fields)
+        if native and len(pixels) != layout.tokens * reducer.processor.merge_size**2:
+            raise ValueError
+    except (VLLMValidationError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+        allowed = f"{VIDEO_PIXELS}, and what goes with them, as a render has them"
+        raise SettingsError(field, sorted(item), allowed) from None
+    tokens: int = layout.tokens
+    return tokens
 
 
 def _due(item: Any, field: str, reducer: Reducer, by_hash: Due | None, elsewhere: bool) -> Due:

@@ -585,7 +585,19 @@ def test_a_rendered_video_stays_whole(native: Server) -> None:
     item[name].data = pack(Reduction(budget=5), unpack(item[name].data).layout)
     reduced["features"]["kwargs_data"]["video"] = [encode_mm_kwargs_item(item)]
     reduced["features"]["mm_metadata"] = None
-    for prompt, fragment in (unseen, "a hash does not say"), (reduced, "stays whole here"):
+    longer = rendered()
+    longer["token_ids"].append(longer["token_ids"][-1])
+    longer["features"]["mm_placeholders"]["video"][0]["length"] += 1
+    cut = rendered()
+    item = decode_mm_kwargs_item(data)
+    item["pixel_values_videos"].data = item["pixel_values_videos"].data[:-4]
+    cut["features"]["kwargs_data"]["video"] = [encode_mm_kwargs_item(item)]
+    for prompt, fragment in (
+        (unseen, "a hash does not say"),
+        (reduced, "stays whole here"),
+        (longer, "36, what its frames have"),
+        (cut, "pixel_values_videos, and what goes with them"),
+    ):
         refused = native.http.post(GENERATE, json=prompt)
         assert refused.status_code == 400, refused.text
         assert fragment in refused.json()["error"]["message"]
