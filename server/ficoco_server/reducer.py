@@ -492,7 +492,7 @@ class Reducer:
             return [_tokens(place)] * (1 + len(self.geometry.starts))
         run = Run(place.offset, place.offset + place.length)
         return [
-            place.length,
+            _tokens(place),
             *(
                 held_of(run, keep, self.block_size, prompt)
                 for keep in self.geometry.held(reduction, layout=layout)[1:]
