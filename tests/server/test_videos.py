@@ -20,7 +20,7 @@ from vllm.multimodal.inputs import PlaceholderRange
 
 from ficoco_server.media import Connector
 from ficoco_server.metrics import Observation
-from ficoco_server.policy import Policy
+from ficoco_server.policy import Policy, PolicyError
 from ficoco_server.protocol import ChatRequest, take_settings
 from ficoco_server.reducer import Reducer
 from ficoco_server.serving import _with_visual
@@ -216,6 +216,13 @@ def test_an_images_largest_budget_is_none_of_a_video(reducer: Reducer) -> None:
             "reduces in the tower or before it",
         ),
         (
+            [video(visual_token_budget=9)],
+            {"reduction": {"method": "resize", "budget": 9}},
+            {},
+            "messages[0].content[0].video_url.visual_token_budget",
+            "in a reduction with one of the methods none, ficoco-v, score",
+        ),
+        (
             [{"type": "video_embeds", "video_embeds": "AAAA"}],
             {"visual_token_budget": 9},
             {},
@@ -251,6 +258,20 @@ def test_a_model_whose_videos_stay_whole(reducer: Reducer) -> None:
             "image": [Reduction(budget=9)],
             "video": [None],
         }
+
+
+def test_methods_for_videos_alone(reducer: Reducer) -> None:
+    said = {"method": "vidcom2", "budget": 9}
+    asked = request(image(), video(reduction=said), image(visual_token_budget=5))
+    settled = settle(reducer, asked)
+    assert [r and r.method for r in settled["image"]] == [None, "score"]
+    assert settled["video"][0].method == "vidcom2"
+    refused = refusal(reducer, request(image(), video(), reduction=said))
+    assert refused.parameter == "reduction.method"
+    assert "vidcom2 is for videos alone" in str(refused)
+    with pytest.raises(PolicyError, match="vidcom2 is for videos alone"):
+        Policy(default_method="vidcom2").check_model(reducer.geometry, PICTURE)
+    Policy(default_method="vidcom2").check_model(reducer.geometry, FILM)
 
 
 def test_what_a_video_cannot_have_names_the_clients_field(reducer: Reducer) -> None:
