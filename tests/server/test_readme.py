@@ -58,7 +58,7 @@ def test_the_table_says_where_a_method_acts() -> None:
             has_stages = family.startswith("llava") or f"{family}_text" in DECODERS
             due: list[list[str]] = [[], [], [], [], []]
             for method in METHODS.values():
-                if method.name == "none":
+                if method.name == "none" or method.for_videos_alone:
                     continue
                 if geometry.lacks(method) or (method.decoder and not has_stages):
                     due[-1].append(method.name)

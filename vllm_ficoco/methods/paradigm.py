@@ -32,15 +32,17 @@ AttentionKind = Literal["probabilities", "logits"]
 
 Found = TypeVar("Found")
 
-Need = Literal["scaling", "layers", "attention"]
+Need = Literal["scaling", "layers", "attention", "frames"]
 """What a method can ask of a model: ``scaling`` of an image to fewer tokens by its processor;
 ``layers`` of the vision tower between which tokens can leave; ``attention``: queries and keys of
-the tower's last layer. The tokens themselves, their grid and the pixels are always there."""
+the tower's last layer; ``frames``, which an image has in no model. The tokens themselves, their
+grid and the pixels are always there."""
 
 NEEDS: dict[Need, str] = {
     "scaling": "to scale an image down to fewer tokens before the tower",
     "layers": "layers of the vision tower between which tokens can leave",
     "attention": "queries and keys of the vision tower's last layer",
+    "frames": "the frames of a video",
 }
 """In the words of a refusal."""
 
@@ -203,8 +205,8 @@ class Evidence(Remembering):
     """Tokens (..., D) as the language model will get them, (..., C)."""
     _known: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
-    def of_images(self, which: slice) -> Evidence:
-        """That of some of the images."""
+    def of_images(self, which: slice | Tensor) -> Evidence:
+        """That of some of the images, a run of them or by number."""
         return replace(
             self,
             query=self.query[which],
@@ -602,7 +604,7 @@ class Method:
     @property
     def for_videos_alone(self) -> bool:
         """Whether it has nothing to say of an image."""
-        return self.across_frames is not None
+        return "frames" in self.needs
 
     def on_frames(self, options: Any) -> str:
         """How much every frame of a video keeps: ``fixed`` by counts, or by what is ``seen`` on the
@@ -623,7 +625,8 @@ class Method:
         """Whether a CUDA graph of the tower can hold what it does: nothing but work on the device,
         the same for every image, that ends in tokens. A question comes from the host, and a part in
         the decoder wants to know which tokens they are."""
-        return self.places in (["tower"], ["output"]) and not self.asks_question
+        on_device = self.places in (["tower"], ["output"]) and not self.asks_question
+        return on_device and not self.for_videos_alone
 
     def reduce(self, tokens: Tokens, evidence: Evidence, keep: int, options: Any) -> Tokens:
         """One stage of the vision part, see :func:`reduce`.
@@ -824,8 +827,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def on_device(values: list[int], device: torch.device) -> Tensor:
-    """Numbers of the host on a device, without waiting for it."""
-    on_host = torch.tensor(values)
+    """Numbers of the host on a device as int64, without waiting for it."""
+    on_host = torch.tensor(values, dtype=torch.int64)
     if device.type == "cpu":
         return on_host
     return on_host.pin_memory().to(device, non_blocking=True)

@@ -103,17 +103,21 @@ class Geometry(NamedTuple):
         """
         return max(1, encoder_tokens // max(self.tokens, 1))
 
-    def lacks(self, method: Method) -> str:
-        """What the method needs and the model does not offer, in words; empty where nothing."""
-        missing = [words for need, words in NEEDS.items() if need in method.needs - self.offers]
+    def lacks(self, method: Method, video: bool = False) -> str:
+        """What the method needs and the model does not offer of images, or of videos, in words;
+        empty where nothing."""
+        needs = method.needs - self.offers - ({"frames"} if video else set())
+        missing = [words for need, words in NEEDS.items() if need in needs]
         return " and ".join(missing)
 
     def refuses(self, method: Method, video: bool = False) -> str:
         """Why the model cannot reduce images, or videos, by the method; empty where it can."""
-        if missing := self.lacks(method):
+        if method.for_videos_alone and not video:
+            return f"{method.name} compares the frames of a video, and this is an image"
+        if missing := self.lacks(method, video):
             return f"{method.name} needs {missing}, which this model does not offer"
         if not video:
-            return f"{method.name} is for videos alone" if method.for_videos_alone else ""
+            return ""
         if self.videos == "by_frame" and method.on_frames(method.options()) == "seen":
             return f"{method.name} shares the budget out by what it sees in the frames, {_BY_FRAME}"
         if self.place_of(method, video) in ("tower", "input"):
