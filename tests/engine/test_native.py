@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -440,7 +441,10 @@ def test_in_the_decoder(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         "block_size": 16,
     }
     with contextmanager(make_engine)(checkpoint, **options) as engine:
-        check_staged(engine, ReferenceQwen(str(checkpoint)), in_the_decoder(), stages)
+        reference = ReferenceQwen(str(checkpoint))
+        flat = geometry_of(reference.model.config).videos == "reduced"
+        asks = in_the_decoder() + (videos_in_the_decoder() if flat else [])
+        check_staged(engine, reference, asks, stages)
 
 
 def in_the_decoder() -> list[Shown]:
@@ -464,12 +468,38 @@ def in_the_decoder() -> list[Shown]:
     ]
 
 
+def videos_in_the_decoder() -> list[Shown]:
+    """Where no text stands between frames: every method, beside images and one another."""
+    asks = [
+        show(("square", wish("k-norm", 25, 12, 5)), films=[("short", None)]),
+        show(films=[("odd", to(14, "vidcom2")), ("wide", wish("fastv", 25, 12, 5))]),
+        show(films=[("odd", wish("ficoco-vl", 50, 40, 25, 8))]),
+        show(films=[("wide", wish("vitcop", 40, 30, 9)), ("odd", wish("tops", 45, 30, 6))]),
+        show(films=[("odd", wish("mustdrop", 50, 40, 20, 8))]),
+        show(("wide", to(20, "ficoco-v")), films=[("odd", wish("dart", 20, 10, 3))]),
+    ]
+    for i, method in enumerate(m for m in CHOOSE if m not in VISION):
+        asks.append(show(films=[(["odd", "wide"][i % 2], wish(method, 28, 14, 4))]))
+    return asks
+
+
+def items_of(ask: Shown) -> Any:
+    """The request as if its videos were images."""
+    films = [(film(name), given) for name, given in ask.films]
+    return SimpleNamespace(
+        pictures=[*(one for one, _ in films), *ask.pictures],
+        settings=[*(given for _, given in films), *ask.settings],
+        **{name: getattr(ask, name) for name in ("prompt", "behind", "sampling")},
+    )
+
+
 def check_staged(
     engine: Engine, reference: ReferenceQwen, asks: Sequence[Shown], stages: Sequence[int]
 ) -> None:
     """All in one batch: tokens, first logits, and every block back."""
     with one_thread():
-        truths = [staged(cast("Any", reference), ask, engine.block, stages) for ask in asks]
+        of = cast("Any", reference)
+        truths = [staged(of, items_of(ask), engine.block, stages) for ask in asks]
     assert sum(truth.held[-1] < truth.held[0] for truth in truths) > len(asks) * 2 // 3
     free = engine.free_blocks
     for ask, truth, output in zip(asks, truths, engine.generate(asks), strict=True):
