@@ -348,23 +348,26 @@ def test_unreduced_is_bit_identical_to_vllm(
     if served.engine.interpreted:
         pytest.skip("takes long in Triton's interpreter")
     asks = [show((size, None)) for size in SIZES]
-    asks += [
-        show(("tiny", None), ("odd", to(1000, "topk"))),
-        show(("odd", None), films=[("short", None)]),
-        show(),
-    ]
+    asks += [show(("tiny", None), ("odd", to(1000, "topk"))), show()]
+    asks += [show(("odd", None), films=[(name, None)]) for name in FILMS]
+    asks += [show(films=[("long", to(1000, "topk"))])]
+    check_as_stock(served.engine, asks, monkeypatch)
+
+
+def check_as_stock(engine: Engine, asks: Sequence[Shown], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine says what it says with vLLM's own methods, to the bit."""
 
     def run() -> list[Any]:
-        forget(served.engine)
+        forget(engine)
         return [
             [
                 {word: entry.logprob for word, entry in step.items()}
                 for step in output.outputs[0].logprobs
             ]
-            for output in served.engine.generate(asks)
+            for output in engine.generate(asks)
         ]
 
-    ours, kind = run(), type(served.engine.model)
+    ours, kind = run(), type(engine.model)
     stock = kind.__bases__[-1]
     assert stock.__module__.startswith("vllm.model_executor.models.")
     names = ("embed_multimodal", "embed_input_ids", "forward", "get_mrope_input_positions")
@@ -415,6 +418,18 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with made(tmp_path, "qwen3-vl", **options) as (engine, reference):
         asks = of_every_shape() + of_every_method() + of_videos()
         check(engine, reference, asks[::3], times=2)
+
+
+def test_where_vllm_prunes_videos_all_is_as_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a request that asks for a reduction is refused."""
+    with made(tmp_path, "qwen2.5-vl", video_pruning_rate=0.5) as (engine, _):
+        asks = [show(), show(("wide", None)), show(("odd", None), films=[("short", None)])]
+        check_as_stock(engine, [*asks, show(films=[("odd", None)])], monkeypatch)
+        for ask in show(films=[("odd", to(9, "topk"))]), show(("odd", to(9, "topk"))):
+            with pytest.raises(VLLMValidationError, match="--video-pruning-rate"):
+                engine.generate([ask])
 
 
 def test_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
