@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -18,7 +18,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from ficoco_server.metrics import INVALID, MIXED, Prefilled
 from ficoco_server.policy import Policy
 from ficoco_server.pressure import Pressure
-from ficoco_server.protocol import ReductionFields, count_images
+from ficoco_server.protocol import ReductionFields, count_items
 from ficoco_server.resolve import Level, as_written, fit, settled
 from vllm_ficoco import schedule
 from vllm_ficoco.cost import Decoder, mlp_width, prefill_flops_ratio
@@ -26,14 +26,16 @@ from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.engine.gaps import Run, held_of
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.models.processing import (
-    COUNTS_KEY,
+    COUNTS_KEYS,
     LOWERED_KEY,
     RefusedImage,
     RefusedPositions,
 )
+from vllm_ficoco.packed import Packed
 from vllm_ficoco.plugin import MODELS
 from vllm_ficoco.settings import (
     AUTO,
+    MODALITIES,
     NO_REDUCTION,
     AutoBudget,
     OfLadder,
@@ -115,12 +117,13 @@ class Reducer:
         self.parts = schedule.parts(self._spans, self.block_size, packed)
 
     def settle(self, request: ReductionFields, messages: Any) -> list[Reduction | None]:
-        """The settings of every image of a request.
+        """The settings of every image of a request, then of every video: in this order they are
+        everywhere in here.
 
         Args:
-            request: with what was said on it and on its images.
+            request: with what was said on it and on its images and videos.
             messages: as they will be rendered; they may begin with those of earlier turns, whose
-                images follow the request.
+                images and videos follow the request.
 
         Raises:
             VLLMValidationError: they cannot be used.
@@ -129,11 +132,14 @@ class Reducer:
             asked = request._asked
             if asked.misplaced is not None:  # settings that would do nothing, or pass by the policy
                 raise asked.misplaced
-            earlier = max(count_images(messages) - len(asked.images), 0)
+            there, levels = count_items(messages), list[Level]()
+            for modality, said in zip(MODALITIES, (asked.images, asked.videos), strict=True):
+                earlier = max(there[modality] - len(said), 0)
+                levels += [Level(modality=modality)] * earlier + [*said]
             request._settled = images = settled(
                 self.policy,
                 request.level,
-                [Level()] * earlier + [*asked.images],
+                levels,
                 self.geometry,
                 bool(request._lowers),
             )
@@ -151,7 +157,7 @@ class Reducer:
         Raises:
             VLLMValidationError: those of an image cannot be used.
         """
-        images, made = request._settled, engine_input.get(COUNTS_KEY, ())
+        images, made = request._settled, self._made(engine_input)
         if not self.geometry.by_image:  # all but what waits for the image was seen to at once
             if not any(isinstance(image.reduction, OfLadder) for image in images):
                 return [image.reduction for image in images]
@@ -175,15 +181,29 @@ class Reducer:
 
     @staticmethod
     def refused(request: ReductionFields, refused: RefusedImage) -> VLLMValidationError:
-        """What the processor says of an image's settings, in the words of its client."""
-        return _refusal(request, as_written(request._settled[refused.image], refused.error))
+        """What the processor says of an item's settings, in the words of its client."""
+        alike = [one for one in request._settled if one.modality == refused.modality]
+        return _refusal(request, as_written(alike[refused.image], refused.error))
+
+    @staticmethod
+    def by_modality(request: ReductionFields, settings: Sequence[Reduction | None]) -> Any:
+        """The settings of a request's items as the processor takes them."""
+        images = [one.modality for one in request._settled].count("image")
+        if images == len(settings):
+            return [*settings]
+        return {"image": [*settings[:images]], "video": [*settings[images:]]}
+
+    @staticmethod
+    def _made(engine_input: Any) -> list[Packed]:
+        """What the processor says that it has made of every item."""
+        return [packed for key in COUNTS_KEYS.values() for packed in engine_input.get(key, ())]
 
     def _layouts(self, embeds: Sequence[bool], engine_input: Any) -> list[Layout | None]:
-        """Of every image; None for embeddings, and where nothing can be reduced."""
+        """Of every item; None for embeddings, and where nothing can be reduced."""
         if self.geometry.unsupported:
             return [None] * len(embeds)
         if self.geometry.by_image:
-            return [packed.layout for packed in engine_input.get(COUNTS_KEY, ())]
+            return [packed.layout for packed in self._made(engine_input)]
         return [None if given else self.geometry.layout for given in embeds]
 
     def too_large(self, layout: Layout) -> bool:
@@ -210,13 +230,15 @@ class Reducer:
         prompt = len(engine_input["prompt_token_ids"])
         if prompt < self.context or not settings:
             return
-        places = (engine_input.get("mm_placeholders") or {}).get("image", [])
-        visual = sum(place.length for place in places)
-        whole = sum(place.length for place, given in zip(places, embeds, strict=False) if given)
-        layouts = [layout for layout in self._layouts(embeds, engine_input) if layout]
+        by_modality = engine_input.get("mm_placeholders") or {}
+        lengths = [*map(_tokens, _flat(by_modality))]
+        visual = sum(lengths)
+        found = self._layouts(embeds, engine_input)
+        whole = sum(n for n, layout in zip(lengths, found, strict=False) if layout is None)
+        layouts = [layout for layout in found if layout]
         message = (
             f"The prompt is too long: {prompt} tokens, {visual} of them visual tokens of "
-            f"{_counted(len(places), 'image')}, and this model takes {self.context}, with at least "
+            f"{_counted_items(by_modality)}, and this model takes {self.context}, with at least "
             "one of the answer among them."
         )
         if layouts:
@@ -231,10 +253,10 @@ class Reducer:
         embeds: Sequence[bool],
         engine_input: Any,
     ) -> None:
-        """Refuse images that would wait for one another for ever.
+        """Refuse images and videos that would wait for one another for ever.
 
-        Where a method reads the question, all images of the prompt must run in the step that the
-        question runs in, and how many images a step encodes is limited.
+        Where a method reads the question, all of them must run in the step that the question runs
+        in, and how much a step encodes is limited.
 
         Raises:
             VLLMValidationError: they are more.
@@ -246,30 +268,24 @@ class Reducer:
             return
         places, hashes = engine_input["mm_placeholders"], engine_input["mm_hashes"]
         layouts = self._layouts(embeds, engine_input)
-        encoded = {  # an image that comes twice is encoded once, embeddings are not
-            one: max(place.length, min(layout.encoded, self.encoder_tokens))
+        encoded = {  # what comes twice is encoded once, embeddings are not
+            one: max(_tokens(place), min(layout.encoded, self.encoder_tokens))
             if layout
-            else place.length
-            for one, place, layout in zip(hashes["image"], places["image"], layouts, strict=True)
-        }
-        others = {  # a video, say
-            one: place.length
-            for kind in places.keys() - {"image"}
-            for one, place in zip(hashes[kind], places[kind], strict=True)
+            else _tokens(place)
+            for one, place, layout in zip(_flat(hashes), _flat(places), layouts, strict=True)
         }
         fit = self.geometry.images_at_once(self.encoder_tokens)
         most = fit * self.geometry.tokens
-        value, allowed = _counted(len(encoded), "image"), _counted(fit, "image")
+        once = {kind: {*hashes[kind]} for kind in hashes}
+        value, allowed = _counted_items(once), _counted(fit, "image")
         if self.geometry.by_image:
             most = self.encoder_tokens
             value += f" of {sum(encoded.values())} visual tokens in the tower"
             padding = "" if self.geometry.is_native else ", padding of tiles included"
-            allowed = f"images of {most} visual tokens there{padding},"
-        if others:
-            value += f" beside {sum(others.values())} tokens of {_counted(len(others), 'video')}"
-            allowed = f"{allowed} videos counted as well,"
-        # One image alone is always encoded.
-        if sum(encoded.values()) + sum(others.values()) > most:
+            what = "images and videos" if "video" in once else "images"
+            allowed = f"{what} of {most} visual tokens there{padding},"
+        # One alone is always encoded.
+        if sum(encoded.values()) > most:
             error = SettingsError(
                 request.turns,
                 value,
@@ -281,26 +297,35 @@ class Reducer:
     def _what_would_fit(
         self, settings: Sequence[Reduction | None], layouts: Sequence[Layout], room: int
     ) -> str:
-        """The largest budget of images that have so many tokens of a prompt to share, in words."""
+        """The largest budget of images and videos that have so many tokens of a prompt to share, in
+        words."""
         policy = self.policy
         late = [r.method for r in settings if r and r.spec.decoder]
-        able = [name for name in policy.methods if not self.geometry.lacks(METHODS[name])]
-        early = [name for name in able if METHODS[name].place != "nowhere"]
-        early = [name for name in early if METHODS[name].decoder is None]
+        kinds = sorted({layout.kind for layout in layouts})
+        early = [
+            name
+            for name in policy.methods
+            if all(name in self.geometry.methods(kind == "video") for kind in kinds)
+            and METHODS[name].place != "nowhere"
+            and METHODS[name].decoder is None
+        ]
+        several = " and ".join(f"{kind}s" for kind in kinds)
         if not early:
-            return f"{len(layouts)} images that keep all their tokens do not fit; send fewer."
+            return f"{len(layouts)} {several} that keep all their tokens do not fit; send fewer."
 
         def held(budget: int) -> list[int]:
-            """Tokens of every image at a budget; a small one has fewer."""
+            """Tokens of every item at a budget; a small one has fewer."""
             return [min(budget, layout.sent) for layout in layouts]
 
-        budgets = range(1 + max(held(policy.max_budget or room)))
+        largest = policy.max_budget if "image" in kinds else None
+        budgets = range(1 + max(held(largest or room)))
         budget = bisect_right(budgets, room, key=lambda budget: sum(held(budget))) - 1
         if budget < policy.min_budget:
             most = sum(n <= room for n in accumulate(sorted(held(policy.min_budget))))
+            what = several if most != 1 else " or ".join(kinds)
             return (
-                f"At the smallest budget of this server, {policy.min_budget}, at most "
-                f"{_counted(most, 'image')} would fit."
+                f"At the smallest budget of this server, {policy.min_budget}, at most {most} "
+                f"{what} would fit."
             )
         early.sort(key=lambda name: name != policy.default_method)
         method = next((name for name in early if self._reaches(name, budget, layouts)), early[0])
@@ -309,15 +334,15 @@ class Reducer:
         else:
             said = f"visual_token_budget {budget}"
         why = (
-            f" {late[0]} reduces inside the decoder: images enter it with more tokens than their "
-            "budget, or with all."
+            f" {late[0]} reduces inside the decoder: {several} enter it with more tokens than "
+            "their budget, or with all."
             if late
             else ""
         )
-        return f"With {said} or less for every image it would fit.{why}"
+        return f"With {said} or less for every {' and '.join(kinds)} it would fit.{why}"
 
     def _reaches(self, method: str, budget: int, layouts: Sequence[Layout]) -> bool:
-        """Whether a method can keep so few tokens of all these images."""
+        """Whether a method can keep so few tokens of all these images and videos."""
         reduction = Reduction(method=method, budget=budget)
         try:
             for layout in layouts:
@@ -333,10 +358,11 @@ class Reducer:
         engine_input: Any,
         asked: Sequence[Reduction | None] = (),
     ) -> dict[str, Any] | None:
-        """What the engine was given, read from its input; None for a request without images.
+        """What the engine was given, read from its input; None for a request without images and
+        videos.
 
         Args:
-            settings: of every image.
+            settings: of every item.
             embeds: which of them come as embeddings.
             engine_input: what the processor has made of the prompt.
             asked: the settings before their images were seen, to name those that waited for them.
@@ -344,8 +370,9 @@ class Reducer:
         Raises:
             RuntimeError: it is not what the settings say.
         """
-        placeholders = (engine_input.get("mm_placeholders") or {}).get("image", [])
-        entering = [placeholder.length for placeholder in placeholders]
+        by_modality = engine_input.get("mm_placeholders") or {}
+        placeholders = _flat(by_modality)
+        entering = [*map(_tokens, placeholders)]
         geometry, layouts = self.geometry, self._layouts(embeds, engine_input)
         if geometry.unsupported and len(entering) != len(settings):
             return None  # a model that calls its images something else; none of them is reduced
@@ -357,7 +384,7 @@ class Reducer:
             raise RuntimeError(
                 f"{expected} visual tokens were due, but the engine was given {entering}"
             )
-        given = [packed.reduction for packed in engine_input.get(COUNTS_KEY, ())]
+        given = [packed.reduction for packed in self._made(engine_input)]
         if given and given != settings:
             raise RuntimeError(f"{settings} were due, but the engine was given {given}")
         if not entering:
@@ -373,7 +400,7 @@ class Reducer:
             for reduction, layout, place in zip(settings, layouts, placeholders, strict=True)
         ]
         kept = [math.ceil(schedule.average_over_layers(held, spans)) for held in by_stage]
-        images: list[dict[str, Any]] = [
+        items: list[dict[str, Any]] = [
             {
                 "method": reduction.method if reduction else NO_REDUCTION,
                 "budget": reduction.budget if reduction else None,
@@ -385,13 +412,13 @@ class Reducer:
                 settings, before, kept, by_stage, strict=True
             )
         ]
-        for image, waited in zip(images, asked, strict=False):
+        for item, waited in zip(items, asked, strict=False):
             if isinstance(waited, AutoBudget):
-                image["requested"] = AUTO
-        for image, less in zip(images, engine_input.get(LOWERED_KEY, ()), strict=False):
-            if less:
-                image["lowered_by"] = "pressure"
-        methods, budgets = ({image[key] for image in images} for key in ("method", "budget"))
+                item["requested"] = AUTO
+        for item, less in zip(items, engine_input.get(LOWERED_KEY, ()), strict=False):
+            if less:  # an image, and those come first
+                item["lowered_by"] = "pressure"
+        methods, budgets = ({item[key] for item in items} for key in ("method", "budget"))
         text, layers = prompt - sum(entering), self.decoder.layers
         in_layers = sum(schedule.total_over_layers(held, spans) for held in by_stage)
         per_layer = self.decoder.kv_bytes_per_token // layers
@@ -403,6 +430,7 @@ class Reducer:
                 for _ in range(count)
             ]
             ratio = _flops_ratio(tuple(of_layer), text + sum(before), self.decoder)
+        images = len(by_modality.get("image", ()))
         return {
             "method": methods.pop() if len(methods) == 1 else MIXED,
             "budget": budgets.pop() if len(budgets) == 1 else None,
@@ -411,7 +439,8 @@ class Reducer:
             "kv_cache_bytes_held": in_layers * per_layer,
             "kv_cache_bytes_saved": (sum(before) * layers - in_layers) * per_layer,
             "estimated_prefill_flops_ratio": round(ratio, 4),
-            "images": images,
+            "images": items[:images],
+            **({"videos": items[images:]} if images < len(items) else {}),
         }
 
     @property
@@ -420,12 +449,13 @@ class Reducer:
         return self.geometry.spans if self.geometry.starts else [self.decoder.layers]
 
     def prefilled(self, report: dict[str, Any] | None) -> list[Prefilled]:
-        """What the images of a report add to the metrics, once they are in the KV cache."""
+        """What the images and videos of a report add to the metrics, once they are in the KV
+        cache."""
         spans, layers = self._spans, self.decoder.layers
         starts = [0, *accumulate(spans[:-1])]
         per_layer = self.decoder.kv_bytes_per_token // layers
-        images = []
-        for image in report["images"] if report else ():
+        prefilled = []
+        for modality, image in reported(report):
             before, kept = image["visual_tokens_before"], image["visual_tokens_kept"]
             by_stage = image.get("visual_tokens_by_stage", [kept])
             tokens = {"input": before, "kept": kept}
@@ -435,23 +465,24 @@ class Reducer:
             rung = ""
             if image.get("requested") == AUTO:
                 rung = self.policy.auto().rung_name(image["budget"] or before, before)
-            images.append(
+            prefilled.append(
                 Prefilled(
                     image["method"],
                     tokens,
                     schedule.total_over_layers(left, spans) * per_layer,
                     sum(left[part.stage] / part.block for part in self.parts),
                     rung,
+                    modality,
                 )
             )
-        return images
+        return prefilled
 
     def _held_in_stages(
         self, reduction: Reduction | None, layout: Layout | None, place: Any, prompt: int
     ) -> list[int]:
-        """Visual tokens of an image in every stage of the decoder, in whole blocks."""
+        """Visual tokens of an item in every stage of the decoder, in whole blocks."""
         if reduction is None or reduction.spec.decoder is None:
-            return [place.length] * (1 + len(self.geometry.starts))
+            return [_tokens(place)] * (1 + len(self.geometry.starts))
         run = Run(place.offset, place.offset + place.length)
         return [
             place.length,
@@ -461,10 +492,19 @@ class Reducer:
             ),
         ]
 
+    def _able(self, modality: str) -> list[str]:
+        """The methods that server and model allow, where there are enough stages for them."""
+        stages = len(self.geometry.starts)
+        return [
+            name
+            for name in self.geometry.methods(modality == "video")
+            if name in (*self.policy.methods, NO_REDUCTION)
+            and ((part := METHODS[name].decoder) is None or part.least_stages <= stages)
+        ]
+
     def describe(self) -> dict[str, Any]:
         """The answer to ``GET /v1/reduction``."""
         geometry, policy = self.geometry, self.policy
-        stages = len(geometry.starts)
         if self.largest is None:
             support: dict[str, Any] = {"supported": False, "reason": geometry.unsupported}
             details: dict[str, Any] = {"low": None, "high": None}
@@ -474,6 +514,7 @@ class Reducer:
                 "layout": "by image" if geometry.by_image else "fixed",
                 "grid": "by image" if geometry.is_native else list(geometry.grid),
                 "visual_tokens": self.largest.tokens,
+                "videos": geometry.videos != "whole",
                 "tower_layers": geometry.layers,
                 "has_cls": geometry.has_cls,
                 "decoder_stages": list(geometry.starts),
@@ -505,13 +546,8 @@ class Reducer:
                 "limits; N is what it has unreduced",
             },
             "policy": {
-                "methods": [
-                    name
-                    for name, method in METHODS.items()
-                    if name in (*policy.methods, NO_REDUCTION)
-                    and not geometry.lacks(method)
-                    and (method.decoder is None or method.decoder.least_stages <= stages)
-                ],
+                "methods": self._able("image"),
+                "video_methods": self._able("video"),
                 "min_budget": policy.min_budget,
                 "max_budget": policy.max_budget,
             },
@@ -542,8 +578,32 @@ def _refusal(request: ReductionFields, error: SettingsError) -> VLLMValidationEr
     return VLLMValidationError(str(error), parameter=error.field)
 
 
+def reported(report: Mapping[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a report says of every image and every video, and which of them it is."""
+    for modality in MODALITIES:
+        for item in (report or {}).get(f"{modality}s", ()):
+            yield modality, item
+
+
+def _flat(by_modality: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """Of images, then of videos."""
+    return [one for modality in MODALITIES for one in by_modality.get(modality, ())]
+
+
+def _tokens(place: Any) -> int:
+    """Visual tokens among those of an item's place in a prompt: text may stand between frames."""
+    count: int = place.get_num_embeds()
+    return count
+
+
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _counted_items(by_modality: Mapping[str, Collection[Any]]) -> str:
+    """How many images and videos, in words."""
+    there = [m for m in MODALITIES if by_modality.get(m)]
+    return " and ".join(_counted(len(by_modality[m]), m) for m in there)
 
 
 def _refuse_whole_prompts(request: Any, settings: Sequence[Reduction | None]) -> None:
