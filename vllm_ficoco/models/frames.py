@@ -19,11 +19,10 @@ from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 
-from vllm_ficoco.methods.paradigm import Evidence, Tokens, on_device
 from vllm_ficoco.models.layered import LayeredModel, of_images
 from vllm_ficoco.models.processing import ReducingProcessor
 from vllm_ficoco.packed import PACKED_FIELDS, Packed, unpack
-from vllm_ficoco.settings import Reduction
+from vllm_ficoco.vision.frames import reduce_frames
 from vllm_ficoco.vision.geometry import PartPlan
 from vllm_ficoco.vision.layout import Layout
 
@@ -86,7 +85,7 @@ class Pooled(NamedTuple):
     """(f, patches, D) of the tower -> (f, n, ...)."""
     looks: Callable[[Tensor], Tensor]
     """(f, H, m, d), queries or keys of all patches, [CLS] first where the tower has one -> what
-    :class:`Evidence` wants of the tokens."""
+    ``Evidence`` wants of the tokens."""
     unit: int = 1
     """How many patches a token then has there."""
     projected: Callable[[Tensor], Tensor] = lambda tokens: tokens
@@ -178,41 +177,11 @@ class FramesModel(LayeredModel):
             question=None if question is None else question.expand(len(pixels), -1),
         )
         with self.reducing_tower.timer(reduction.method):
-            kept, place = reduce_frames(tokens, evidence, reduction, layout, plans)
+            every = tokens.flatten(0, 1)[None]
+            (kept,), (place,) = reduce_frames(every, evidence, reduction, layout, plans)
         embedded = pooled.projected(kept)
         if layout.closed:
             newline = self.image_newline.to(embedded.dtype)[None]  # type: ignore[attr-defined]
             embedded = torch.cat([embedded, newline])
             place = torch.cat([place, place.new_full((1,), layout.tokens - 1)])
         return embedded, place
-
-
-def reduce_frames(
-    tokens: Tensor,
-    evidence: Evidence,
-    reduction: Reduction,
-    layout: Layout,
-    plans: Sequence[PartPlan],
-) -> tuple[Tensor, Tensor]:
-    method, options = reduction.spec, reduction.parsed_options()
-    each, alike = tokens.shape[1], dict[int, list[int]]()
-    for plan in plans:
-        alike.setdefault(plan.keep, []).append(plan.part)
-    kept, places = [], []
-    for keep, frames in alike.items():
-        index = on_device(frames, tokens.device)
-        left = Tokens.of(tokens[index])
-        if keep < each:
-            question = evidence.question
-            of = replace(
-                evidence,
-                query=evidence.query[index],
-                key=evidence.key[index],
-                pixels=evidence.pixels[index],
-                question=None if question is None else question[index],
-            )
-            left = method.reduce(left, of, keep, options)
-        kept.append(left.hidden.flatten(0, 1))
-        places.append((left.position + index[:, None] * each).flatten())
-    place, order = torch.cat(places).sort()
-    return torch.cat(kept)[order], place

@@ -675,12 +675,16 @@ class ReducingProcessor:
             packed: the item's settings and its layout.
             fields: the processor's of the item.
         """
-        assert packed.layout is not None
-        self.check_count(len(whole.full), packed.layout)
-        kept = self.geometry.kept(packed.reduction, layout=packed.layout)
-        details = CountedDetails(whole.full[:kept])
+        details = self._shortened(whole, packed)
         details.packed = packed
         return details
+
+    def _shortened(self, whole: PromptUpdateDetails, packed: Packed) -> CountedDetails:
+        assert packed.layout is not None
+        self.check_count(len(whole.full), packed.layout)
+        return CountedDetails(
+            whole.full[: self.geometry.kept(packed.reduction, layout=packed.layout)]
+        )
 
     def check_count(self, whole: int, layout: Layout) -> None:
         """Whether an item has as many visual tokens unreduced as its layout says.
@@ -691,8 +695,9 @@ class ReducingProcessor:
         if whole == layout.tokens:
             return
         if self.geometry.is_native:  # do_resize, or what else the client has said
+            an = "A video" if layout.is_video else "An image"
             raise VLLMValidationError(
-                f"An image has {whole} visual tokens, where the model would make {layout.tokens} "
+                f"{an} has {whole} visual tokens, where the model would make {layout.tokens} "
                 "of it: leave out what changes that.",
                 parameter="mm_processor_kwargs",
             )

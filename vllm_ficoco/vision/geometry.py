@@ -22,6 +22,10 @@ STAGES_KEY = "reduction_stages"
 GRAPHS_KEY = "reduction_graphs"
 """Of a model's configuration: see :func:`graphed`."""
 
+PRUNED_KEY = "reduction_left_to_vllm"
+"""Of a model's configuration: vLLM prunes videos itself (``--video-pruning-rate``), and sends
+positions its own way, of images too."""
+
 NO_VIDEOS = "the videos of this model stay whole"
 """In the words of a refusal."""
 
@@ -120,6 +124,8 @@ class Geometry(NamedTuple):
             return ""
         if self.videos == "by_frame" and method.on_frames(method.options()) == "seen":
             return f"{method.name} shares the budget out by what it sees in the frames, {_BY_FRAME}"
+        if self.videos == "by_frame" and method.decoder is not None:
+            return f"{method.name} reduces inside the decoder, and text stands between the frames"
         if self.place_of(method, video) in ("tower", "input"):
             return f"{method.name} reduces in the tower or before it, and videos behind it alone"
         return ""
@@ -460,6 +466,10 @@ FAMILIES: dict[str, frozenset[Need]] = {
 VIDEOS: dict[str, Literal["reduced", "by_frame"]] = {
     "llava_onevision": "reduced",
     "llava_next_video": "reduced",
+    "qwen2_vl": "reduced",
+    "qwen2_5_vl": "reduced",
+    "qwen3_vl": "by_frame",
+    "qwen3_vl_moe": "by_frame",
 }
 """Of those whose videos can be, see :attr:`Geometry.videos`."""
 
@@ -475,6 +485,10 @@ def geometry_of(config: Any) -> Geometry:
     if offers is None or vision is None:
         raise UnsupportedModel(
             f"visual tokens can be reduced for {', '.join(FAMILIES)} models, not for {family!r}"
+        )
+    if getattr(config, PRUNED_KEY, False):
+        raise UnsupportedModel(
+            "left out on a server with --video-pruning-rate, by which vLLM prunes every video"
         )
     geometry = _llava(config) if str(family).startswith("llava") else _native(vision)
     return geometry._replace(
