@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -146,6 +147,39 @@ def test_keeps_what_the_transcription_keeps(method: str, options: dict) -> None:
     assert seen > 50
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"segments": 3, "alike": 0.5, "every": 2, "merged": 0.7, "own": 0.1},
+        {"segments": 1, "alike": -1.0, "merged": 1.0},
+        {"segments": 100, "merged": 0.5},
+    ],
+    ids=str,
+)
+def test_merges_as_the_transcription(options: dict) -> None:
+    """FastVID: whoever stays, and what anchors become."""
+    for layout, step in ((LAYOUTS[0], 1), (LAYOUTS[1], 3), (LAYOUTS[3], 17)):
+        hidden, evidence = videos(2, layout), evidence_of(2, layout)
+        attention = evidence.attention_of_cls().unflatten(0, (2, -1)).double().numpy()
+        for budget in [*budgets("fastvid", layout, **options)][::step]:
+            kept, place = reduce(layout, budget, "fastvid", hidden, evidence, **options)
+            for video in range(2):
+                tokens = hidden[video].double().numpy().reshape(layout.frames, -1, CHANNELS)
+                due = reference.fastvid(tokens, attention[video], budget - layout.closed, **options)
+                assert place[video].tolist() == sorted(due), (layout, budget)
+                values = torch.tensor(np.array([due[number] for number in sorted(due)]))
+                torch.testing.assert_close(kept[video], values.float())
+
+
+def test_tokens_that_are_alike_are_merged_once() -> None:
+    """All tokens of a black video are one: no value is lost, and none is not a number."""
+    layout = LAYOUTS[3]
+    hidden = torch.ones(1, layout.frames * 16, CHANNELS)
+    kept, _ = reduce(layout, 40, "fastvid", hidden, evidence_of(1, layout))
+    torch.testing.assert_close(kept, torch.ones(1, 39, CHANNELS))
+
+
 def test_whole_frames_at_equal_distances() -> None:
     for layout in LAYOUTS:
         each = layout.grid[0] * layout.grid[1]
@@ -165,7 +199,7 @@ ALONE = [name for name, method in METHODS.items() if method.for_videos_alone]
 
 
 def test_every_method_for_videos_is_transcribed() -> None:
-    assert {*ALONE} == {*TRANSCRIBED, "uniform-frames"}
+    assert {*ALONE} == {*TRANSCRIBED, "fastvid", "uniform-frames"}
     for name in ALONE:
         method = METHODS[name]
         assert method.across_frames is not None and not method.fits_a_graph
@@ -173,7 +207,7 @@ def test_every_method_for_videos_is_transcribed() -> None:
 
 
 @pytest.mark.parametrize("frames", ["even", "unique"])
-@pytest.mark.parametrize("method", ["vidcom2", "dycoke", "topk", "pooling", "ficoco-v", "apet"])
+@pytest.mark.parametrize("method", [*ALONE, "topk", "pooling", "ficoco-v", "apet"])
 def test_a_video_does_not_depend_on_who_shares_its_batch(method: str, frames: str) -> None:
     options = {"frames": frames} if method in BY_ITSELF else {}
     layout = LAYOUTS[3]
@@ -188,7 +222,7 @@ def test_a_video_does_not_depend_on_who_shares_its_batch(method: str, frames: st
             assert torch.equal(one[video], other[0])
 
 
-@pytest.mark.parametrize("method", ["vidcom2", "dycoke", "topk", "pooling", "random"])
+@pytest.mark.parametrize("method", [*ALONE, "topk", "pooling", "random"])
 def test_long_videos_take_turns(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In copies of a frame or two, to the bit the same."""
     layout = LAYOUTS[3]
@@ -196,7 +230,7 @@ def test_long_videos_take_turns(method: str, monkeypatch: pytest.MonkeyPatch) ->
     options = {"frames": "unique"} if method in BY_ITSELF else {}
     due = reduce(layout, 40, method, hidden, evidence, **options)
     for held in (1, 12 * 2 * 16 * CHANNELS * 2):
-        for module in ("methods.paradigm", "methods.frames", "vision.frames"):
+        for module in ("methods.paradigm", "methods.frames", "methods.fastvid", "vision.frames"):
             monkeypatch.setattr(f"vllm_ficoco.{module}.EVIDENCE_BYTES", held)
         found = reduce(layout, 40, method, hidden, evidence, **options)
         for one, other in zip(found, due, strict=True):
