@@ -147,6 +147,28 @@ def test_keeps_what_the_transcription_keeps(method: str, options: dict) -> None:
     assert seen > 50
 
 
+def test_vidcom2_keeps_of_a_frame_what_vllms_own_keeps() -> None:
+    """vLLM has it, per server. Its shares are rounded and put right by score, to the same total: so
+    a frame may have a token more here or there, but the same come first."""
+    from vllm.multimodal.video_prune.vidcom2 import compute_retention_mask
+
+    layout, alike, frames = Layout((4, 4), frames=12), 0, 0
+    for seed in range(5):
+        hidden, evidence = videos(1, layout, seed), evidence_of(1, layout)
+        for budget in (24, 48, 100, 144):
+            rate = 1 - (budget + 0.5) / layout.tokens
+            theirs = compute_retention_mask(hidden[0], (12, 8, 8), 2, rate).nonzero()[:, 0]
+            _, ours = reduce(layout, budget, "vidcom2", hidden, evidence)
+            assert len(theirs) == ours.shape[1] == budget
+            for frame in range(12):
+                one, other = (x[x // 16 == frame].tolist() for x in (ours[0], theirs))
+                smaller, larger = sorted((one, other), key=len)
+                assert {*smaller} <= {*larger}
+                alike += len(one) == len(other)
+                frames += 1
+    assert alike > frames / 2, (alike, frames)
+
+
 @pytest.mark.parametrize(
     "options",
     [
