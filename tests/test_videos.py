@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -314,3 +315,30 @@ def test_the_host_does_not_wait(method: str) -> None:
         reduce(layout, 40, method, hidden, evidence)
         if method in BY_ITSELF:
             reduce(layout, 40, method, hidden, evidence, frames="unique")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", [*ALONE, *BY_ITSELF])
+def test_a_gpu_agrees_and_is_not_waited_for(method: str) -> None:
+    """On a GPU: no synchronisation, and the tokens that the CPU selects."""
+    layout = LAYOUTS[3]
+    hidden, evidence = videos(2, layout), evidence_of(2, layout)
+    assert evidence.question is not None
+    there = replace(
+        evidence,
+        query=evidence.query.cuda(),
+        key=evidence.key.cuda(),
+        pixels=evidence.pixels.cuda(),
+        question=evidence.question.cuda(),
+    )
+    options = {"frames": "unique"} if method in BY_ITSELF else {}
+    on_gpu = hidden.cuda()
+    reduce(layout, 40, method, on_gpu, there, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = reduce(layout, 40, method, on_gpu, replace(there), **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = reduce(layout, 40, method, hidden, evidence, **options)
+    assert torch.equal(got[1].cpu(), want[1])
+    torch.testing.assert_close(got[0].cpu(), want[0], rtol=1e-4, atol=1e-4)
