@@ -39,7 +39,7 @@ from ficoco_server.reducer import Reducer, _refuse_prompt_logprobs
 from ficoco_server.serving import _check_graphs, _check_stages, _with_report
 from vllm_ficoco.cost import Decoder
 from vllm_ficoco.engine.checks import SCHEDULER
-from vllm_ficoco.models.processing import COUNTS_KEY, RefusedImage
+from vllm_ficoco.models.processing import COUNTS_KEY, COUNTS_KEYS, RefusedImage
 from vllm_ficoco.packed import Packed
 from vllm_ficoco.settings import Reduction, SettingsError
 from vllm_ficoco.vision.geometry import Geometry
@@ -630,8 +630,9 @@ def test_one_step_encodes_tiles(tiles: Reducer, layouts: list[Layout | None], en
     made["mm_hashes"]["image"] = ["the same"] * 2
     tiles.refuse_too_many(request, settings, embeds, made)
     made["mm_hashes"]["video"], made["mm_placeholders"]["video"] = ["moves"], [made_of(enough)]
-    with pytest.raises(VLLMValidationError, match=f"beside {enough} tokens of 1 video"):
-        tiles.refuse_too_many(request, settings, embeds, made)
+    made[COUNTS_KEYS["video"]] = [Packed()]
+    with pytest.raises(VLLMValidationError, match="1 image and 1 video of"):
+        tiles.refuse_too_many(request, [*settings, None], [*embeds, False], made)
 
 
 @pytest.mark.parametrize(
