@@ -27,14 +27,16 @@ def even(total: int, frames: int) -> list[int]:
 
 
 def handed_out(total: int, weights: Sequence[float], room: Sequence[int]) -> list[int]:
-    """In proportion to weights; what a full one cannot hold is shared by the others; whole numbers
-    by largest remainder, among equals the first."""
+    """In proportion to weights; what a full one cannot hold is shared by the others, by their room
+    where none has a weight; whole numbers by largest remainder, among equals the first."""
     full: set[int] = set()
     while True:
         left = total - sum(room[i] for i in full)
+        if not any(w for i, w in enumerate(weights) if i not in full):
+            weights = room
         weight = sum(w for i, w in enumerate(weights) if i not in full)
         due = [
-            float(room[i]) if i in full else left * w / weight if weight else 0.0
+            float(room[i]) if i in full else left * w / weight if left else 0.0
             for i, w in enumerate(weights)
         ]
         over = {i for i, share in enumerate(due) if share > room[i] and i not in full}
@@ -114,8 +116,6 @@ def vidcom2(video: Array, total: int, temperature: float = 0.01) -> list[int]:
     p /= p.sum()
     share = [min(1.0, total / (frames * size) * (1 + one - 1 / frames)) for one in p]
     weights = [max(0.0, one * size - 1) for one in share]
-    if not any(weights):
-        weights = [1.0] * frames
     kept = [1 + s for s in handed_out(total - frames, weights, [size - 1] * frames)]
     places = []
     for frame in range(frames):
@@ -142,6 +142,91 @@ def dycoke(video: Array, total: int, window: int = 4) -> list[int]:
         order = sorted(range(size), key=lambda i: (likeness[i], i))
         places += [frame * size + i for i in sorted(order[: kept[frame]])]
     return places
+
+
+def fastvid(
+    video: Array,
+    attention: NDArray[np.float64],
+    total: int,
+    segments: int = 8,
+    alike: float = 0.9,
+    merged: float = 0.4,
+    every: int = 4,
+    own: float = 0.6,
+) -> dict[int, NDArray[np.float64]]:
+    """What stays, and what it becomes.
+
+    Args:
+        video: its tokens.
+        attention: (frames, places), of [CLS].
+        total: how many stay.
+        segments: at least so many.
+        alike: frames that are less so are cut apart.
+        merged: share of the budget for anchors.
+        every: of so many frames one has anchors.
+        own: the least weight of an anchor's own value.
+    """
+    frames, size, channels = video.shape
+    anchors = int(total * merged)
+    salient: list[list[int]] = []
+    for looked_at, count in zip(attention, even(total - anchors, frames), strict=True):
+        salient.append(sorted(range(size), key=lambda i: (-looked_at[i], i))[:count])
+
+    # Scenes.
+    means = video.mean(1)
+    like = [cosine(means[i], means[i + 1]) for i in range(frames - 1)]
+    lowest = sorted(range(frames - 1), key=lambda i: (like[i], i))[: segments - 1]
+    scenes: list[list[int]] = [[]]
+    for frame in range(frames):
+        scenes[-1].append(frame)
+        if frame < frames - 1 and (frame in lowest or like[frame] < alike):
+            scenes.append([])
+
+    # Who has how many anchors.
+    weights = [0.0] * frames
+    for scene in scenes:
+        with_anchors = scene[::-1][::every]
+        for frame in with_anchors:
+            weights[frame] = len(scene) / len(with_anchors)
+    room = [size - len(of_frame) for of_frame in salient]
+    shares = handed_out(anchors, weights, room)
+
+    # Which tokens they are.
+    rest = [[i for i in range(size) if i not in of_frame] for of_frame in salient]
+    chosen: list[list[int]] = []
+    for frame in range(frames):
+        there = rest[frame]
+        apart = {
+            (i, j): float(np.linalg.norm(video[frame, i] - video[frame, j])) / channels**0.5
+            for i in there
+            for j in there
+        }
+        density = {}
+        for i in there:
+            near = sorted(apart[i, j] for j in there)[:4]
+            density[i] = float(np.exp(-np.mean(np.square(near))))
+        score = {}
+        for i in there:
+            denser = [
+                j for j in there if density[j] > density[i] or (density[j] == density[i] and j < i)
+            ]
+            away = min((apart[i, j] for j in denser), default=max(apart.values()))
+            score[i] = density[i] * away
+        chosen.append(sorted(there, key=lambda i: (-score[i], i))[: shares[frame]])
+
+    kept = {f * size + i: video[f, i] for f in range(frames) for i in salient[f]}
+    for scene in scenes:
+        sources = [(f, i) for f in scene for i in rest[f]]
+        for frame in scene:
+            members: dict[int, list[NDArray[np.float64]]] = {i: [] for i in sorted(chosen[frame])}
+            for f, i in sources if members else []:
+                to = max(members, key=lambda j: cosine(video[f, i], video[frame, j]))
+                members[to].append(video[f, i])
+            for i, joined in members.items():
+                weight = max(1 / (len(joined) + 1), own)
+                mean = np.mean(joined, 0) if joined else 0.0
+                kept[frame * size + i] = weight * video[frame, i] + (1 - weight) * mean
+    return kept
 
 
 def uniform_frames(

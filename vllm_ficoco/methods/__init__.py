@@ -11,6 +11,7 @@ from vllm_ficoco.methods.dpp import DPP
 from vllm_ficoco.methods.dycoke import DYCOKE
 from vllm_ficoco.methods.evit import EVIT
 from vllm_ficoco.methods.fastv import FASTV
+from vllm_ficoco.methods.fastvid import FASTVID
 from vllm_ficoco.methods.ficoco_k import FICOCO_K
 from vllm_ficoco.methods.ficoco_l import FICOCO_L
 from vllm_ficoco.methods.ficoco_v import FICOCO_V
@@ -68,6 +69,7 @@ METHODS: dict[str, Method] = {
         RESIZE,
         VIDCOM2,
         DYCOKE,
+        FASTVID,
         UNIFORM_FRAMES,
         FICOCO_L,
         FICOCO_VL,

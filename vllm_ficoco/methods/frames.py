@@ -13,14 +13,26 @@ import torch
 from torch import Tensor
 
 from vllm_ficoco import schedule
-from vllm_ficoco.methods.paradigm import EVIDENCE_BYTES, AcrossFrames, Method, Options, on_device
+from vllm_ficoco.methods.paradigm import (
+    EVIDENCE_BYTES,
+    AcrossFrames,
+    Method,
+    Need,
+    Options,
+    on_device,
+)
 from vllm_ficoco.methods.parts import best_of_parts
 
 
 def for_videos(
-    name: str, idea: str, paper: str, across: AcrossFrames, options: type[Options] = Options
+    name: str,
+    idea: str,
+    paper: str,
+    across: AcrossFrames,
+    options: type[Options] = Options,
+    needs: frozenset[Need] = frozenset(),
 ) -> Method:
-    """A method that reduces videos alone, and looks at their tokens alone."""
+    """A method that reduces videos alone."""
 
     def no_image(*_: Any) -> Tensor:
         raise NotImplementedError(f"{name} does not reduce images")
@@ -30,7 +42,7 @@ def for_videos(
         idea=idea,
         paper=paper,
         place="output",
-        needs=frozenset({"frames"}),
+        needs=needs | {"frames"},
         schedule=lambda _, budget, layers, __: schedule.at_output(budget, layers),
         filter=no_image,
         options=options,

@@ -554,6 +554,9 @@ class AcrossFrames:
     choose: Callable[[Any, Any, Sequence[int], Any], Tensor]
     """(tokens (B, F, n, D), evidence over B * F frames, those shares, options) -> (B, patches that
     stay) places, ascending, in ``F * n``."""
+    compress: Callable[[Any, Any, Tensor, Any], Tensor] | None = None
+    """(the same tokens and evidence, those places, options) -> (B, patches that stay, D) what they
+    become; None: they stay as they are."""
     by_content: bool = False
     """Which frame keeps how much is seen on the device, and of the shares only the sum holds."""
 

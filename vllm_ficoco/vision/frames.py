@@ -49,7 +49,10 @@ def reduce_frames(
     for plan in plans:
         shares[plan.part] = plan.keep
     if method.across_frames is not None:
-        place = method.across_frames.choose(frames, evidence, shares, options)
+        across = method.across_frames
+        place = across.choose(frames, evidence, shares, options)
+        if across.compress is not None:
+            return across.compress(frames, evidence, place, options), place
         return take(hidden, place), place
     order = None
     if method.on_frames(options) == "seen":
