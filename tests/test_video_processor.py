@@ -211,5 +211,6 @@ def test_a_long_time_is_no_way_out_of_the_rotary_table(tmp_path: Any) -> None:
     """In Qwen2.5-VL a video takes positions by its time, which clients say."""
     processor = Processor(random_qwen(tmp_path, "qwen2.5-vl"))
     assert kept(processor(video(8, fps=0.01), visual_token_budget=9)) == [9]
-    with pytest.raises(RefusedPositions, match="images and videos of this prompt take"):
-        processor(video(8, fps=0.001), visual_token_budget=9)
+    for kwargs in {"visual_token_budget": 9}, {}:
+        with pytest.raises(RefusedPositions, match="images and videos of this prompt take"):
+            processor(video(8, fps=0.001), **kwargs)

@@ -202,7 +202,7 @@ class NativeProcessor(ReducingProcessor):
 
     def refuse_far(self, images: Sequence[Packed], videos: Sequence[CountedDetails] = ()) -> None:
         """An image takes as many positions as the larger side of its grid, however little stays,
-        and a video as many as its time.
+        and a video as many as its time, also where all of it stays.
 
         A position behind the end of the rotary table ends the engine, so what may follow the prompt
         is counted with it.
@@ -214,8 +214,7 @@ class NativeProcessor(ReducingProcessor):
         spans += [(details.packed, details.span) for details in videos]
         beyond = 0
         for packed, span in spans:
-            if packed.reduction is not None:
-                beyond += max(0, span - self.geometry.kept(packed.reduction, layout=packed.layout))
+            beyond += max(0, span - self.geometry.kept(packed.reduction, layout=packed.layout))
         model = self.info.ctx.model_config
         table = table_size(model.hf_text_config)
         if beyond and model.max_model_len + beyond > table:
@@ -224,7 +223,7 @@ class NativeProcessor(ReducingProcessor):
                 f"The {what} of this prompt take {beyond} positions more than they keep tokens, "
                 f"and this model has {max(0, table - model.max_model_len)} to spare ({table}, less "
                 f"{model.max_model_len} of the context): send fewer {what}, or give long ones a "
-                "larger budget.",
+                f"larger budget{' and videos more frames a second' if videos else ''}.",
                 parameter="visual_token_budget",
             )
 
