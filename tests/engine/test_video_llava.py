@@ -229,18 +229,18 @@ def among_images() -> list[Ask]:
 
 
 def test_onevision(onevision_checkpoint: Path) -> None:
-    """Steps cut videos and images, requests are forced out and back in; then all of it comes from
-    the caches."""
+    """Steps cut videos and images, requests are forced out and back in; then videos come from the
+    processor's cache."""
     reference = ReferenceVideos(str(onevision_checkpoint))
     asks = [*of_every_length(True), *of_every_method(True), *among_images()]
     with contextmanager(make_engine)(onevision_checkpoint, **TIGHT) as engine:
         preempted = engine.watch_preemptions()
-        outputs = check(engine, reference, asks, times=2)
+        check(engine, reference, asks, times=2)
         assert sum(preempted) > 0, "the pool was not small enough to test anything"
-        assert sum(output.num_cached_tokens > 0 for output in outputs) > 5
 
 
 def test_onevision_in_the_decoder(tmp_path: Path) -> None:
+    """The second time prompts come from the prefix cache."""
     checkpoint = random_llava_onevision(tmp_path, decoder_layers=6, side=7)
     reference = ReferenceVideos(str(checkpoint))
     options = {**STAGED, **ROOMY, "limit_mm_per_prompt": {"image": 3, "video": 3}}
@@ -250,7 +250,8 @@ def test_onevision_in_the_decoder(tmp_path: Path) -> None:
         show((4, wish("k-norm", 40, 20, 9)), ((60, 60), to(20, "topk"))),
     ]
     with contextmanager(make_engine)(checkpoint, **options) as engine:
-        check(engine, reference, asks, STAGES)
+        outputs = check(engine, reference, asks, STAGES, times=2)
+        assert sum(output.num_cached_tokens > 0 for output in outputs) > 5
 
 
 # --- LLaVA-NeXT-Video ---------------------------------------------------------------------------

@@ -17,11 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from tests.reference.methods import ASKING, middles, reduce_one, relevances
+from tests.reference.methods import Image as SeenImage
 from tests.reference.tiles import ReferenceTiles
 from tests.reference.videos import (
     by_rank,
     dycoke,
     even,
+    fastvid,
     like_the_video,
     uniform_frames,
     vidcom2,
@@ -150,12 +152,26 @@ class ReferenceVideos(ReferenceTiles):
         count, each = video.shape[:2]
         if method == "uniform-frames":
             places = uniform_frames(count, each, patches, lambda left: middles(grid, left))
+        elif method == "fastvid":
+            looked_at = [self._looked_at(frame, grid) for frame in frames]
+            kept = fastvid(video, np.array(looked_at), patches, **options)
+            tokens = torch.stack([torch.from_numpy(kept[place]) for place in sorted(kept)])
+            return self._projected(tokens.float()), sorted(kept)
         elif method in COMPARED:
             places = COMPARED[method](video, patches, **options)
         else:
             return self._by_themselves(frames, grid, method, patches, options)
         tokens = torch.cat([frame.tokens for frame in frames])[places]
         return self._projected(tokens), places
+
+    def _looked_at(self, frame: Frame, grid: tuple[int, int]) -> list[float]:
+        """[CLS]'s attention, or what a token receives where there is none."""
+        n = len(frame.tokens)
+        seen = SeenImage(
+            [*frame.tokens], frame.query, frame.key, frame.query.shape[-1] ** -0.5,
+            frame.has_cls, grid, list(range(n)), [1.0] * n, frame.pixels, frame.unit,
+        )  # fmt: skip
+        return seen.of_cls()
 
     def _by_themselves(
         self, frames: list[Frame], grid: tuple[int, int], method: str, patches: int, options: dict
