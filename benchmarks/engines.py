@@ -71,7 +71,8 @@ ONEVISION_CUT_TOWER = {
     "image_size": 384,
     "patch_size": 14,
 }
-"""SigLIP-so400m's patches, 27 x 27, in 8 of its 26 layers, an eighth as wide: it runs for 16 frames."""
+"""SigLIP-so400m's patches, 27 x 27, in 8 of its 26 layers, an eighth as wide: it runs for 16
+frames."""
 
 QWEN_VIDEO_TOWER = {
     "depth": 4,
@@ -104,8 +105,9 @@ DECODERS = {
     "qwen3-vl-video-cut": decoder(8, 512, 1408, 4),
 }
 """Behind LLaVA-1.5's tower, LLaVA-NeXT's, which is the same and runs for every tile, or
-Qwen2.5-VL's; and behind towers of models that are shown videos. Those that are cut down are for CPUs, where the prefill still takes most of the time
-to first token; of 1b-cut that is the tower alone."""
+Qwen2.5-VL's; and behind towers of models that are shown videos. Those that are cut down are for
+CPUs, where the prefill still takes most of the time to first token; of 1b-cut that is the tower
+alone."""
 
 TILINGS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
 """LLaVA-NeXT's, rows and columns of tiles."""
@@ -233,7 +235,10 @@ def _onevision(folder: Path, vision: dict[str, int], text: dict[str, int]) -> Pa
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**vision),
         text_config=Qwen2Config(
-            **text, vocab_size=len(tokenizer), max_position_embeddings=32768, use_sliding_window=False
+            **text,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=32768,
+            use_sliding_window=False,
         ),
         image_token_index=tokenizer.convert_tokens_to_ids(LLAVA.image),
         video_token_index=tokenizer.convert_tokens_to_ids(ONEVISION_VIDEO.image),

@@ -2,9 +2,10 @@
 """Videos: many at once, beside vLLM's own pruning; and what is left of an event.
 
     python benchmarks/video.py load qwen2.5-vl-video-cut --methods vidcom2,uniform-frames
-    python benchmarks/video.py load qwen3-vl-video-cut --prune evs,vidcom2 --methods uniform,topk
-    python benchmarks/video.py load llava-onevision-video-cut --prune '' --rates '' --budgets 785,314
-    python benchmarks/video.py scenes --videos 200
+    python benchmarks/video.py load qwen3-vl-video-cut --prune evs,vidcom2 --methods uniform
+    python benchmarks/video.py load llava-onevision-video-cut --prune '' --rates '' \
+        --budgets 785,314
+    python benchmarks/video.py scenes --videos 100 --budgets 547,288,115
 
 ``load``: requests/s with so many requests at once, each with an unseen video, random weights, on a
 CPU. Engines take turns in one run, each in a process of its own: vLLM without this package, vLLM
@@ -15,9 +16,9 @@ rounds; ratios are taken within a round, against vLLM with whole videos.
 ``scenes``: videos of the shipped model's scenes. Nothing happens in them, but that in one frame
 there is one more thing, of a colour that nothing else has. They go through the shipped model's
 tower, frame by frame, and lose tokens by every method. What is counted: how much of the budget the
-event's frame gets, how many of the patches that show the thing stay, and how often the shipped model,
-an image model, can tell its shape of what is left of that frame. The model was never shown videos:
-this is about the tokens that methods keep and says nothing of a video model's answers.
+event's frame gets, how many of the patches that show the thing stay, and how often the shipped
+model, an image model, can tell its shape by what is left of that frame. The model was never shown
+videos: this is about the tokens that methods keep, and says nothing of a video model's answers.
 """
 
 from __future__ import annotations
