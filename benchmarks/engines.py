@@ -101,6 +101,7 @@ DECODERS = {
     "qwen2.5-vl-cut": decoder(8, 1024, 2816, 8),
     "qwen2.5-vl-7b": {**decoder(28, 3584, 18944, 28), "num_key_value_heads": 4},
     "llava-onevision-video-cut": decoder(8, 1024, 2816, 8),
+    "llava-onevision-video-small": decoder(4, 512, 1408, 4),
     "qwen2.5-vl-video-cut": decoder(8, 512, 1408, 4),
     "qwen3-vl-video-cut": decoder(8, 512, 1408, 4),
 }
@@ -174,6 +175,7 @@ def geometry(name: str) -> tuple[dict[str, int], dict[str, int]]:
         "qwen2.5-vl-cut": QWEN_CUT_TOWER,
         "qwen2.5-vl-7b": QWEN_TOWER,
         "llava-onevision-video-cut": ONEVISION_CUT_TOWER,
+        "llava-onevision-video-small": {**ONEVISION_CUT_TOWER, "num_hidden_layers": 2},
         "qwen2.5-vl-video-cut": QWEN_VIDEO_TOWER,
         "qwen3-vl-video-cut": QWEN_VIDEO_TOWER,
     }

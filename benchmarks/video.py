@@ -3,7 +3,7 @@
 
     python benchmarks/video.py load qwen2.5-vl-video-cut --methods vidcom2,uniform-frames
     python benchmarks/video.py load qwen3-vl-video-cut --prune evs,vidcom2 --methods uniform
-    python benchmarks/video.py load llava-onevision-video-cut --prune '' --rates '' \
+    python benchmarks/video.py load llava-onevision-video-small --prune '' --rates '' \
         --budgets 785,314
     python benchmarks/video.py scenes --videos 100 --budgets 547,288,115
 
@@ -94,6 +94,9 @@ class Batches:
             block_size=32,
             **options,
         )
+        runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        # As vLLM's runner for GPUs finds it; the one for CPUs does not look, and fails at a video.
+        runner.is_multimodal_pruning_enabled = "video_pruning_rate" in options
         config = self.llm.model_config.hf_config
         self.video = getattr(config, "video_token_id", None) or config.video_token_index
 
