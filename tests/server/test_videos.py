@@ -493,8 +493,8 @@ def test_every_method_that_is_allowed_for_videos(native: Server) -> None:
 @pytest.mark.server
 def test_frames_that_the_client_asks_for(native: Server) -> None:
     """N is of the frames that are left of a file, and so is what a budget of N means."""
-    for options, tokens in ({"fps": 1}, 12), ({"num_frames": 4}, 8), ({}, 24):
-        said = {"media_io_kwargs": {"video": options}, "visual_token_budget": 10}
+    for fps, tokens in (1, 12), (0.7, 8), (2, 24):
+        said = {"media_io_kwargs": {"video": {"fps": fps}}, "visual_token_budget": 10}
         answer = post(native, CHAT, {"messages": user(film(LONG)), **said})
         assert answer.status_code == 200, answer.text
         [one] = answer.json()["reduction"]["videos"]
@@ -562,6 +562,7 @@ def test_refusals_of_videos(native: Server) -> None:
             assert answer.status_code == 400, answer.text
             if path == CHAT:
                 assert answer.json()["error"]["param"] == "video_url"
+                assert ("a single one as an image" in answer.text) == ("gif" in url)
     for path in ("/tokenize", f"{CHAT}/render", "/v1/messages"):
         answer = post(native, path, {"messages": user(film(visual_token_budget=5))})
         assert answer.status_code == 400
