@@ -29,6 +29,8 @@ _OTHER_WORDS = ("redaction",)
 _WRAPPERS = ("extra_body", "mm_processor_kwargs", "media_io_kwargs")
 """Fields with objects in them that have keys of a request's."""
 _IMAGE_FORMS = ("image_url", "input_image", "image_pil", "image_embeds")
+_USUAL_KEYS = frozenset((*IMAGE_KEYS, *_IMAGE_FORMS, "type", "url", "uuid"))
+"""Of images; none of them is a slip of the pen."""
 
 
 class Asked(NamedTuple):
@@ -178,7 +180,16 @@ def _objects(body: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]
 
 def count_images(messages: Any) -> int:
     """Images in messages, as far as their contents are lists."""
-    return sum(is_image(part) for _, part in _parts(messages, ""))
+    if not isinstance(messages, list):
+        return 0
+    count = 0
+    for message in messages:
+        if isinstance(message, list):  # a batch of conversations
+            count += count_images(message)
+        elif isinstance(message, Mapping):
+            contents = (message.get("content"), message.get("output"))
+            count += sum(is_image(p) for c in contents if isinstance(c, list) for p in c)
+    return count
 
 
 def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], Asked]:
@@ -186,24 +197,24 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
     images: list[Level] = []
     misplaced: list[SettingsError] = []
 
-    def refuse(level: Level) -> None:
+    def refuse(where: str, said: Mapping[str, Any]) -> None:
         """Settings that must not stand where they do."""
-        for key, value in level.said.items() if not misplaced else ():
+        for key, value in said.items() if not misplaced else ():
             allowed = "once on an image or on the request, nowhere else"
-            misplaced.append(SettingsError(level.field(key), value, allowed))
+            misplaced.append(SettingsError(f"{where}.{key}", value, allowed))
 
     def without(part: Any, path: str, seen: bool) -> Any:
         if not isinstance(part, Mapping):
             return part
         if not seen or not is_image(part):
             for holder, where in _holders(part, path):
-                refuse(Level(where, _ours(holder, OUR_KEYS)))
+                refuse(where, _ours(holder, OUR_KEYS))
             return part
         for holder, where in _holders(part, path):
             if where not in (path, f"{path}.image_url"):
-                refuse(Level(where, _ours(holder, OUR_KEYS)))
+                refuse(where, _ours(holder, OUR_KEYS))
                 continue
-            for key, ours in _near_misses(holder.keys() - IMAGE_KEYS) if not misplaced else ():
+            for key, ours in _near_misses(holder.keys() - _USUAL_KEYS) if not misplaced else ():
                 if holder[key] is not None:
                     allowed = f"{ours}, if visual tokens are meant"
                     misplaced.append(SettingsError(f"{where}.{key}", holder[key], allowed))
@@ -213,7 +224,7 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
             inside = _said(inner)
             part = {**part, "image_url": _drop(inner)}
         twice = {key: said[key] for key in said if inside.get(key, said[key]) != said[key]}
-        refuse(Level(path, twice))
+        refuse(path, twice)
         embeds = "image_embeds" in (part.get("type"), *part)
         named = part.get("uuid") is not None
         images.append(Level(path, said | inside, embeds, named, inside=tuple(inside)))
@@ -222,7 +233,7 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
     def turn(message: Any, path: str) -> Any:
         if not isinstance(message, Mapping):
             return message
-        refuse(Level(path, _ours(message, OUR_KEYS)))
+        refuse(path, _ours(message, OUR_KEYS))
         seen = turns != "input" or not _only_text(message)
         return {
             **message,
@@ -300,6 +311,8 @@ def _holders(part: Any, path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _ours(holder: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    if holder.keys().isdisjoint(keys):  # mostly
+        return {}
     return {key: holder[key] for key in keys if holder.get(key) is not None}
 
 

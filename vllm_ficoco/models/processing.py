@@ -8,6 +8,7 @@ vLLM's own prompt updates say; they are shortened, and must agree with the layou
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -80,6 +81,22 @@ def tokens_by_hash(mm_hash: str, geometry: Geometry) -> int:
 def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
     """What the Hugging Face processor may see."""
     return {k: v for k, v in kwargs.items() if k not in (BUDGET_KEY, REDUCTION_KEY, QUESTIONS_KEY)}
+
+
+_geometries: dict[int, tuple[weakref.ref[Any], Geometry]] = {}
+
+
+def _geometry(config: Any) -> Geometry:
+    """Of a model's configuration; found once, as vLLM makes a processor for every request."""
+    known = _geometries.get(id(config))
+    if known is not None and known[0]() is config:
+        return known[1]
+    try:
+        geometry = geometry_of(config)
+    except UnsupportedModel as error:
+        geometry = Geometry.none(str(error))
+    _geometries[id(config)] = weakref.ref(config), geometry
+    return geometry
 
 
 def _asks(reduction: Reduction | None) -> bool:
@@ -159,12 +176,7 @@ class ReducingProcessor:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = self.info.get_hf_config()  # type: ignore[attr-defined]
-        self.geometry: Geometry
-        try:
-            self.geometry = geometry_of(config)
-        except UnsupportedModel as error:
-            self.geometry = Geometry.none(str(error))
+        self.geometry = _geometry(self.info.get_hf_config())  # type: ignore[attr-defined]
         server_wide = self.info.ctx.get_mm_config().mm_processor_kwargs or {}  # type: ignore[attr-defined]
         for key in (BUDGET_KEY, REDUCTION_KEY):
             if key in server_wide:
