@@ -790,7 +790,8 @@ def settings_of(methods: Sequence[str], budgets: Sequence[int], full: int) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    every = [n for n, m in METHODS.items() if n != "none" and m.place != "input"]
+    of_images = [n for n, m in METHODS.items() if not m.for_videos_alone]
+    every = [n for n in of_images if n != "none" and METHODS[n].place != "input"]
     before_decoder = [n for n in every if not METHODS[n].decoder]
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--base-url", help="an OpenAI-compatible server, with /v1")

@@ -625,7 +625,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python benchmarks/budgets.py``."""
-    names = [name for name in METHODS if name != NO_REDUCTION]
+    names = [n for n, m in METHODS.items() if n != NO_REDUCTION and not m.for_videos_alone]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--decoder", default="1b", choices=[*DECODERS, "shipped"])

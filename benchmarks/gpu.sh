@@ -84,7 +84,8 @@ command_of() { # sets `command`, or `reason` why there is none
   case $1 in
     device) command=("$python" benchmarks/gpu.py device ${dry:+--small}) ;;
     methods) # tokens as on the CPU, and no wait
-      command=("${tests[@]}" tests/test_methods.py tests/test_decoder_methods.py -k "gpu or waits")
+      command=("${tests[@]}" tests/test_methods.py tests/test_decoder_methods.py tests/test_videos.py
+        -k "gpu or waits")
       ;;
     stages) # the engine against the reference
       command=("${exact[@]}" "FICOCO_TEST_ENGINE={$triton, \"enforce_eager\": true}" "${tests[@]}"

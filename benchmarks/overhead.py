@@ -270,6 +270,7 @@ def tower(folder: Path, rounds: int, batch: int, dtype: str, methods: list[str])
         Reduction(method=name, budget=budget)
         for name, method in METHODS.items()
         if name != "none" and method.decoder is None and method.place != "input"
+        if not method.for_videos_alone
         if not methods or name in methods
         for budget in BUDGETS
     ]

@@ -11,8 +11,8 @@
 #            image's own rows. And positions travel as columns of the embeddings, in their type: in bfloat16 whole numbers
 #            end at 256, so in a long video times from 257 on are rounded.
 # Expected:  what is not pruned has the positions that it has without the flag.
-# Means:     we do not use that way: positions of what stays are added where the model runs, and servers with that flag are
-#            refused with visual token budgets.
+# Means:     we do not use that way: positions of what stays are added where the model runs, and servers with that flag
+#            refuse visual token budgets.
 # Seen:
 #   image of 4 rows, 4 columns: text behind it at 9, due 9
 #   image of 3 rows, 8 columns: text behind it at 13, due 13

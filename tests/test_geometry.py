@@ -167,7 +167,8 @@ def test_where_methods_act_in_a_tower_that_lets_nothing_leave_between_its_layers
     for name in ("ficoco-v", "ficoco-vl"):
         assert NATIVE.place_of(METHODS[name]) == "output"
         assert geometry_of(llava()).place_of(METHODS[name]) == "tower"
-    assert set(METHODS) - set(ON_NATIVE) - {"none"} == set(LAYERED)
+    of_videos = {name for name, m in METHODS.items() if m.for_videos_alone}
+    assert set(METHODS) - set(ON_NATIVE) - of_videos - {"none"} == set(LAYERED)
 
 
 def test_every_count_of_every_native_grid() -> None:

@@ -5,16 +5,36 @@ from __future__ import annotations
 
 import random
 from itertools import accumulate
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
+from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.waiting import NoWaiting
 from vllm_ficoco.engine.attention import Pattern, pattern_of
 from vllm_ficoco.engine.gaps import Plan, Run
+from vllm_ficoco.engine.plans import plan_of
+from vllm_ficoco.packed import PACKED_FIELDS, pack
+from vllm_ficoco.settings import Reduction
+from vllm_ficoco.vision.geometry import Geometry
+from vllm_ficoco.vision.layout import Layout
 
 BLOCK = 16
+
+
+class Field(NamedTuple):
+    """One of vLLM's, of an item."""
+
+    data: torch.Tensor
+
+
+class Feature(NamedTuple):
+    """An image or a video, as vLLM's scheduler has it."""
+
+    data: dict[str, Field]
+    mm_position: PlaceholderRange
 
 
 def batch(rng: random.Random) -> tuple[CommonAttentionMetadata, list[Plan | None]]:
@@ -104,3 +124,20 @@ def test_a_batch_without_gaps_has_no_pattern_where_nobody_waits() -> None:
         assert (pattern is not None) == gaps
         nothing += pattern is None
     assert 0 < nothing < 40
+
+
+def test_text_between_the_frames_of_a_video_is_no_gap() -> None:
+    """Of a video that was reduced before the decoder, all that is left stays in every stage."""
+    geometry = Geometry((0, 0), 4, False, 6, (2, 4), True, frozenset({"attention"}), 0, "by_frame")
+    layout = Layout((3, 4), frames=4)
+    fields = {PACKED_FIELDS["video"]: Field(pack(Reduction(method="topk", budget=9), layout))}
+    video = Feature(fields, PlaceholderRange(offset=5, length=9 + 4 * 6))
+    shown = {
+        PACKED_FIELDS["image"]: Field(pack(Reduction(method="k-norm", budget=40), Layout((8, 10))))
+    }
+    image = Feature(shown, PlaceholderRange(offset=50, length=80))
+    plan = plan_of(cast("Any", [video, image]), 140, geometry, BLOCK)
+    assert plan is not None and plan.runs == (Run(5, 38), Run(50, 130))
+    for stage in (1, 2):
+        assert not any(plan.left_out(stage, block, block + 1) for block in range(3))
+        assert any(plan.left_out(stage, block, block + 1) for block in range(3, 9))

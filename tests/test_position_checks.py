@@ -17,7 +17,7 @@ from tests.test_stage_checks import put
 from vllm_ficoco.engine.checks import PositionsError, check_positions
 from vllm_ficoco.engine.positions import Offsets
 from vllm_ficoco.engine.visual import VisualTokens
-from vllm_ficoco.vision.geometry import geometry_of
+from vllm_ficoco.vision.geometry import UnsupportedModel, geometry_of
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,6 @@ def test_vllm_as_it_starts_by_itself_is_fine(config: Any) -> None:
         (put("parallel_config.enable_dbo", True), "DBO"),
         (put("ec_transfer_config", object()), "encoder connectors"),
         (put("speculative_config", object()), "speculative decoding"),
-        (
-            put("model_config.multimodal_config.video_pruning_rate", 0.5),
-            "--video-pruning-rate",
-        ),
         (put("compilation_config.cudagraph_mm_encoder", True), "cudagraph_mm_encoder"),
         (put("compilation_config.compile_mm_encoder", True), "compile_mm_encoder"),
         (
@@ -74,6 +70,17 @@ def test_a_step_with_images_is_in_no_full_cuda_graph(config: Any, graphs: CUDAGr
         check_positions(changed)
 
 
+def test_nothing_is_reduced_where_vllm_prunes_videos_itself(config: Any) -> None:
+    """The server starts; what a request asks for is refused with the reason."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    model = config.model_config.model
+    pruned = EngineArgs(model=model, enforce_eager=True, video_pruning_rate=0.5)
+    with pytest.raises(UnsupportedModel, match="--video-pruning-rate"):
+        geometry_of(pruned.create_engine_config().model_config.hf_config)
+    assert geometry_of(config.model_config.hf_config).videos == "by_frame"
+
+
 def test_stages_begin_behind_the_levels_of_the_tower(config: Any) -> None:
     hf = copy.deepcopy(config.model_config.hf_config)
     hf.reduction_stages = [2]
@@ -86,13 +93,13 @@ def test_stages_begin_behind_the_levels_of_the_tower(config: Any) -> None:
 @pytest.mark.parametrize("first_run", [1, 4, 16])
 def test_a_step_may_be_longer_than_the_first_run(first_run: int) -> None:
     """On CPUs the first run may be a request of a few words; the same step comes again."""
-    buffer, places = torch.zeros(3, 16, dtype=torch.int64), torch.arange(1, 13).view(6, 2)
+    buffer, places = torch.zeros(3, 16, dtype=torch.int64), torch.arange(1, 19).view(6, 3)
     is_visual = torch.arange(8) >= 2
     offsets = Offsets()
     offsets.before_run(buffer[:, :first_run])
     for _ in range(2):
         offsets.note([VisualTokens.of(torch.zeros(6, 5), offsets=places)], is_visual)
         offsets.before_run(buffer[:, :8])
-        assert torch.equal(buffer[1:, 2:8], places.T)
+        assert torch.equal(buffer[:, 2:8], places.T)
         assert buffer.sum() == places.sum()
         buffer.zero_()

@@ -23,8 +23,8 @@ def asked(prompt: str, images: int | None = None) -> list[str]:
     """The question of every image of a prompt, in words."""
     tokens = TOKENIZER.encode(prompt, add_special_tokens=False)
     count = tokens.count(IMAGE) if images is None else images
-    found = questions(tokens, count, IMAGE, {*TOKENIZER.all_special_ids}, TOKENIZER)
-    return [TOKENIZER.decode(question) for question in found]
+    found = questions(tokens, {IMAGE: count}, {*TOKENIZER.all_special_ids}, TOKENIZER)
+    return [TOKENIZER.decode(question) for question in found[IMAGE]]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ from vllm_ficoco.methods.paradigm import grid_windows
 from vllm_ficoco.methods.visionzip import VisionZipOptions
 
 REDUCING = sorted(
-    m.name for m in METHODS.values() if m.place != "input" and m.name != "none" and not m.decoder
+    m.name
+    for m in METHODS.values()
+    if m.place != "input" and m.name != "none" and not m.decoder and not m.for_videos_alone
 )
 HALVING = {"ficoco-k", "tome"}
 """Methods that can let go of no more than half of the tokens at a layer."""

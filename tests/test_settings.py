@@ -23,7 +23,7 @@ from vllm_ficoco.settings import (
     Lowered,
     Reduction,
     SettingsError,
-    per_image,
+    per_item,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -486,7 +486,14 @@ def test_settings_cannot_be_changed() -> None:
         reduction.budget = 65
 
 
-# --- Per image ----------------------------------------------------------------------------------
+# --- Per image and video ------------------------------------------------------------------------
+
+
+def per_image(kwargs: dict, images: int) -> list[Reduction | None]:
+    """Of a prompt with images alone."""
+    found = per_item(kwargs, {"image": images, "video": 0})
+    assert found == {**per_item(kwargs, {"image": images}), "video": []}
+    return found["image"]
 
 
 def test_one_setting_for_all_images() -> None:
@@ -553,6 +560,90 @@ def test_bad_settings_of_images(kwargs: dict, images: int, field: str, allowed: 
     assert wrong.value.field == field
     assert allowed in wrong.value.allowed
     assert str(wrong.value).startswith(f"{field} = ")
+
+
+TOME = {"method": "tome", "budget": 9}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "images", "videos"),
+    [
+        ({}, [None, None], [None]),
+        ({"visual_token_budget": 64}, [64, 64], [64]),
+        ({"reduction": TOME}, [TOME, TOME], [TOME]),
+        ({"visual_token_budget": [64]}, [], [64]),
+        ({"visual_token_budget": [64, None]}, [64, None], []),
+        ({"visual_token_budget": {"video": 64}}, [None], [64]),
+        ({"visual_token_budget": {"image": [5, None], "video": [7]}}, [5, None], [7]),
+        ({"visual_token_budget": {"image": "auto", "video": None}}, ["auto"], [None]),
+        ({"visual_token_budget": {"image": 5, "video": [None, 7]}}, [5], [None, 7]),
+        ({"reduction": {"image": [None], "video": TOME}}, [None], [TOME, TOME]),
+        ({"reduction": {"image": TOME}}, [TOME], []),
+        ({"visual_token_budget": {"image": 5, "video": []}}, [5], []),
+        ({"visual_token_budget": "auto"}, ["auto"], []),
+    ],
+    ids=repr,
+)
+def test_settings_of_images_and_videos(kwargs: dict, images: list, videos: list) -> None:
+    """A value holds for all, an object says what holds for which modality."""
+
+    def read(value: Any) -> Reduction | None:
+        if value is None:
+            return None
+        return Reduction.parse(value) if isinstance(value, dict) else Reduction.of_budget(value)
+
+    found = per_item(kwargs, {"image": len(images), "video": len(videos)})
+    assert found == {"image": [*map(read, images)], "video": [*map(read, videos)]}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "field", "allowed"),
+    [
+        ({"visual_token_budget": [1, 2, 3]}, "visual_token_budget", '"video": [...]'),
+        ({"visual_token_budget": [64]}, "visual_token_budget", '"video": [...]'),
+        ({"reduction": [TOME, None, None]}, "reduction", '"video": [...]'),
+        (
+            {"visual_token_budget": {"image": [5], "video": [7]}},
+            "visual_token_budget.image",
+            "one entry per image (2)",
+        ),
+        (
+            {"visual_token_budget": {"image": 5, "video": [7, 8]}},
+            "visual_token_budget.video",
+            "one entry per video (1)",
+        ),
+        (
+            {"visual_token_budget": {"image": [5, 0]}},
+            "visual_token_budget.image[1]",
+            "whole number",
+        ),
+        (
+            {"visual_token_budget": {"video": 5, "audio": 6}},
+            "visual_token_budget.audio",
+            "left out",
+        ),
+        ({"reduction": {"video": TOME, "budget": 6}}, "reduction.budget", "left out"),
+        ({"reduction": {"video": [{"budget": 0}]}}, "reduction.video[0].budget", "whole number"),
+        ({"reduction": {"image": {**TOME, "methods": 1}}}, "reduction.image.methods", "left out"),
+        ({"visual_token_budget": "auto"}, "visual_token_budget", "a number for a video"),
+        ({"visual_token_budget": {"video": "auto"}}, "visual_token_budget.video", "a number for"),
+        ({"reduction": {"budget": "auto"}}, "reduction.budget", "a number for a video"),
+        (
+            {"reduction": {"video": [{"budget": "auto"}]}},
+            "reduction.video[0].budget",
+            "a number for a video",
+        ),
+        ({"visual_token_budget": {"video": [[5]]}}, "visual_token_budget.video[0]", "whole number"),
+        ({"visual_token_budget": {"video": {"video": 5}}}, "visual_token_budget.video", "whole"),
+        ({"visual_token_budget": {"image": [1] * 1001}}, "visual_token_budget", "no more than"),
+    ],
+    ids=lambda value: repr(value)[:80],
+)
+def test_bad_settings_of_images_and_videos(kwargs: dict, field: str, allowed: str) -> None:
+    """The message says which modality's entry is wrong, in a prompt of two images and a video."""
+    with pytest.raises(SettingsError) as wrong:
+        per_item(kwargs, {"image": 2, "video": 1})
+    assert (wrong.value.field, allowed in wrong.value.allowed) == (field, True), wrong.value
 
 
 # --- Budgets that wait for the image --------------------------------------------------------

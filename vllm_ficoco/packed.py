@@ -20,6 +20,8 @@ from vllm_ficoco.vision.layout import Layout
 
 PACKED_FIELD = "packed_reduction"
 """Its name, beside ``pixel_values``."""
+PACKED_FIELDS = {"image": PACKED_FIELD, "video": "packed_reduction_of_video"}
+"""The same by modality: a field of vLLM's is of one."""
 
 
 class Packed(NamedTuple):
@@ -60,7 +62,8 @@ def unpack(packed: torch.Tensor) -> Packed:
 
 def packed_of(data: Mapping[str, Any] | None) -> Packed:
     """What the field of an item says, vLLM's with its fields; nothing where it has none."""
-    field = data.get(PACKED_FIELD) if data is not None else None
+    data = data or {}
+    field = next((data[name] for name in PACKED_FIELDS.values() if name in data), None)
     return Packed() if field is None or field.data is None else unpack(field.data)
 
 

@@ -8,7 +8,7 @@ counts alone and ends at exactly the budget. Nothing here looks at a tensor.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import accumulate, combinations, pairwise
@@ -104,7 +104,7 @@ def largest_remainder(total: int, sizes: Sequence[int]) -> list[int]:
     the largest fractions, among equals to the first. Nobody gets more than its size.
 
     Args:
-        total: at most the sum of the sizes.
+        total: at most the sum of the sizes, or those get more in proportion.
         sizes: not negative.
     """
     whole = sum(sizes)
@@ -117,6 +117,43 @@ def largest_remainder(total: int, sizes: Sequence[int]) -> list[int]:
     for i in order[: total - sum(shares)]:
         shares[i] += 1
     return shares
+
+
+# --- Frames of a video --------------------------------------------------------------------------
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """A number shared out among so many frames, as equally as whole numbers allow.
+
+    A largest remainder whose frames are all alike: those that get one more are spread over the
+    video, so that few tokens come from frames all along it.
+    """
+    edges = [(i * total + count // 2) // count for i in range(count + 1)]
+    return [end - start for start, end in pairwise(edges)]
+
+
+def by_rank(total: int, count: int, size: int) -> list[int]:
+    """The same by rank, not ascending: the third of the frames that comes first gets thrice as much
+    as the last one, the middle one twice as much.
+
+    Nobody gets more than its size: what is beyond that goes to the others, likewise. Everybody gets
+    at least one, if there are as many; else those that come first.
+
+    Args:
+        total: at most ``count * size``.
+        count: of the frames.
+        size: of each of them.
+    """
+    if total < count:
+        return [int(rank < total) for rank in range(count)]
+    weights = [3 - 3 * rank // count for rank in range(count)]
+
+    def rest(full: int) -> list[int]:
+        """What those get that are not full, beside the one that everybody gets."""
+        return largest_remainder(total - count - full * (size - 1), weights[full:])
+
+    full = bisect_left(range(count), True, key=lambda full: rest(full)[0] < size)
+    return [size] * full + [1 + share for share in rest(full)]
 
 
 # --- Ladders of budgets -------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def check_size(value: object, field: str) -> None:
 
 
 class Reduction(BaseModel):
-    """How one image is reduced: a method, a budget and the method's options.
+    """How one image or video is reduced: a method, a budget and the method's options.
 
     Two settings that mean the same compare equal, hash equal and have the same :attr:`key`,
     because defaults are filled in, names resolved and options sorted when it is made. Use
@@ -131,8 +131,8 @@ class Reduction(BaseModel):
 
     method: str = DEFAULT_METHOD
     budget: int | None = None
-    """Visual tokens of an image to keep, on average over the decoder's layers. An image that has no
-    more than that is not reduced. None where ``options.tokens`` says what each stage keeps."""
+    """Visual tokens of it to keep, on average over the decoder's layers. What has no more than that
+    is not reduced. None where ``options.tokens`` says what each stage keeps."""
     options: dict[str, Any] = {}
 
     @field_validator("method")
@@ -409,27 +409,79 @@ def _parsed(rungs: tuple[str, ...]) -> tuple[Fraction | int, ...]:
     return tuple(map(schedule.rung, rungs))
 
 
-def per_image(kwargs: Mapping[str, object], images: int) -> list[Reduction | None]:
-    """The settings of every image of a prompt, from its ``mm_processor_kwargs``.
+MODALITIES = ("image", "video")
+"""What can be reduced, as vLLM calls it."""
 
-    ``visual_token_budget`` is a number or ``auto``, ``reduction`` an object: for all images, or a
-    list with one entry an image, ``None`` for an image that keeps all its tokens.
+
+def per_item(
+    kwargs: Mapping[str, object], counts: Mapping[str, int]
+) -> dict[str, list[Reduction | None]]:
+    """The settings of every image and video of a prompt, from its ``mm_processor_kwargs``.
+
+    ``visual_token_budget`` is a number or ``auto``, ``reduction`` an object: for all of them, or,
+    in a prompt with one modality, a list with one entry an item, ``None`` for one that keeps all
+    its tokens. Or either is an object by modality, ``{"image": ..., "video": ...}``, with such a
+    value or list for each; one that is left out is not reduced.
+
+    Args:
+        kwargs: the prompt's.
+        counts: by modality, how many items the prompt has.
 
     Raises:
-        SettingsError: both keys are given, a list has the wrong length, or an entry is wrong.
+        SettingsError: both keys are given, a list has the wrong length or two modalities to stand
+            for, an entry is wrong, or a video's budget is ``auto``.
     """
     budget, reduction = kwargs.get(BUDGET_KEY), kwargs.get(REDUCTION_KEY)
     if budget is not None and reduction is not None:
         raise SettingsError(BUDGET_KEY, budget, f"left out where {REDUCTION_KEY} is given")
     field, value = (BUDGET_KEY, budget) if reduction is None else (REDUCTION_KEY, reduction)
+    if isinstance(value, Mapping) and any(modality in value for modality in MODALITIES):
+        check_size(value, field)
+        if unknown := [key for key in value if key not in MODALITIES]:
+            raise SettingsError(
+                f"{field}.{unknown[0]}",
+                value[unknown[0]],
+                f"left out: an object by modality has {' and '.join(MODALITIES)} alone",
+            )
+        each = {modality: (f"{field}.{modality}", value.get(modality)) for modality in counts}
+    else:
+        if _is_list(value) and sum(count > 0 for count in counts.values()) > 1:
+            allowed = 'an object with a list for each, {"image": [...], "video": [...]}'
+            raise SettingsError(field, value, f"{allowed}, where a prompt has images and videos")
+        # What is said of nothing is looked at, too.
+        default = next((m for m, count in counts.items() if count), next(iter(counts)))
+        said = {default} if _is_list(value) else {*counts}
+        each = {m: (field, value if m in said else None) for m in counts}
+    return {
+        modality: _of_items(modality, count, *each[modality], of_budgets=reduction is None)
+        for modality, count in counts.items()
+    }
+
+
+def _of_items(
+    modality: str, count: int, field: str, value: object, of_budgets: bool
+) -> list[Reduction | None]:
+    """The settings of every item of one modality."""
+
+    def read(value: object, field: str) -> Reduction:
+        made = Reduction.of_budget(value, field) if of_budgets else Reduction.parse(value, field)
+        if modality == "video" and count and isinstance(made, AutoBudget):
+            field = field if of_budgets else f"{field}.budget"
+            raise SettingsError(field, AUTO, "a number for a video: only images say what they need")
+        return made
+
     if value is None:
-        return [None] * images
-    read = Reduction.of_budget if reduction is None else Reduction.parse
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        return [read(value, field)] * images
-    if len(value) != images:
-        raise SettingsError(field, value, f"a list with one entry per image ({images})")
+        return [None] * count
+    if not _is_list(value):
+        return [read(value, field)] * count
+    assert isinstance(value, Sequence)
+    if len(value) != count:
+        raise SettingsError(field, value, f"a list with one entry per {modality} ({count})")
     return [None if v is None else read(v, f"{field}[{i}]") for i, v in enumerate(value)]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _is_auto(budget: object) -> bool:

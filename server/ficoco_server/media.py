@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter to vLLM's loading of images: grey in 16 bits, and a 400 for what cannot be loaded.
+"""The adapter to vLLM's loading of images and videos: grey in 16 bits, and a 400 for what cannot be
+loaded.
 
-Used for all routes that take images, through vLLM's registry of media connectors.
+Used for all routes that take them, through vLLM's registry of media connectors.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ class ImageIO(ImageMediaIO):
 class Connector(MediaConnector):
     """vLLM's loader, with our decoder for images.
 
-    Whatever keeps an image from being loaded is the client's to mend, and gets a 400 with the
-    reason, or a 422 where vLLM says so: also what are 500s of vLLM's, as images too large to be
-    decoded, local files, and addresses that do not answer.
+    Whatever keeps an image or a video from being loaded is the client's to mend, and gets a 400
+    with the reason, or a 422 where vLLM says so: also what are 500s of vLLM's, as images too large
+    to be decoded, local files, addresses that do not answer, and videos without a frame.
     """
 
     def _image_io(self, image_mode: str | None) -> ImageIO:
@@ -90,7 +91,7 @@ class Connector(MediaConnector):
                 image_url, self._image_io(image_mode), fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT
             )
         except Exception as error:
-            raise _refusal(error) from error
+            raise _refusal(error, "image") from error
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
         """As vLLM's.
@@ -105,14 +106,50 @@ class Connector(MediaConnector):
                 fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT,
             )
         except Exception as error:
-            raise _refusal(error) from error
+            raise _refusal(error, "image") from error
+
+    def fetch_video(self, video_url: str, **kwargs: Any) -> Any:
+        """As vLLM's.
+
+        Raises:
+            VLLMClientError: the video cannot be loaded.
+        """
+        try:
+            return _with_frames(super().fetch_video(video_url, **kwargs))
+        except Exception as error:
+            raise _refusal(error, "video") from error
+
+    async def fetch_video_async(self, video_url: str, **kwargs: Any) -> Any:
+        """As vLLM's.
+
+        Raises:
+            VLLMClientError: the video cannot be loaded.
+        """
+        try:
+            return _with_frames(await super().fetch_video_async(video_url, **kwargs))
+        except Exception as error:
+            raise _refusal(error, "video") from error
 
 
-def _refusal(error: Exception) -> Exception:
+def _with_frames(video: Any) -> Any:
+    """A loaded video, vLLM's object of frames and metadata.
+
+    Raises:
+        ValueError: it has no frames. OpenCV looks for the end of a file first, as vLLM uses it, and
+            then does not find the one frame of a file with one.
+    """
+    frames, _ = video.media
+    if not len(frames):
+        raise ValueError("no frame of it can be decoded; send a single one as an image")
+    return video
+
+
+def _refusal(error: Exception, modality: str) -> Exception:
     if isinstance(error, VLLMClientError):
         return error
     reason = str(error) or type(error).__name__  # a time-out has no words
-    return VLLMValidationError(f"The image cannot be loaded: {reason}", parameter="image_url")
+    message = f"The {modality} cannot be loaded: {reason}"
+    return VLLMValidationError(message, parameter=f"{modality}_url")
 
 
 def load_images_with_ours() -> None:

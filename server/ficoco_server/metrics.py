@@ -39,22 +39,22 @@ def _once(kind: type[T], name: str, text: str, labels: Sequence[str], **how: Any
 VISUAL_TOKENS = _once(
     Counter,
     "vllm_ficoco_visual_tokens_total",
-    "Visual tokens of images that were prefilled: before the reduction (stage input), kept after "
-    "it on average over decoder layers (kept), and, on a server with decoder stages, in the layers "
-    "of each (layer_N, its first layer).",
-    ["stage", "method"],
+    "Visual tokens of images and videos that were prefilled: before the reduction (stage input), "
+    "kept after it on average over decoder layers (kept), and, on a server with decoder stages, in "
+    "the layers of each (layer_N, its first layer).",
+    ["stage", "method", "modality"],
 )
 BYTES_SAVED = _once(
     Counter,
     "vllm_ficoco_kv_cache_bytes_saved_total",
     "Bytes of KV cache that dropped visual tokens would have held.",
-    ["method"],
+    ["method", "modality"],
 )
 BLOCKS_SAVED = _once(
     Counter,
     "vllm_ficoco_kv_blocks_saved_total",
     "KV cache blocks, as vLLM counts them, that dropped visual tokens would have filled.",
-    ["method"],
+    ["method", "modality"],
 )
 AUTO_BUDGETS = _once(
     Counter,
@@ -133,7 +133,7 @@ def budget_bucket(reduction: Reduction | None) -> str:
 
 
 class Prefilled(NamedTuple):
-    """What an image leaves in the KV cache."""
+    """What an image or a video leaves in the KV cache."""
 
     method: str
     tokens: dict[str, int]
@@ -142,6 +142,7 @@ class Prefilled(NamedTuple):
     blocks_saved: float
     rung: str = ""
     """What the budget auto has come to; empty for another."""
+    modality: str = "image"
 
 
 class Observation:
@@ -227,11 +228,11 @@ class Observation:
     def _start(self) -> None:
         """The prompt is in the KV cache: its tokens count."""
         self._started = True
-        for method, tokens, bytes_saved, blocks_saved, rung in self._images:
+        for method, tokens, bytes_saved, blocks_saved, rung, modality in self._images:
             for stage, count in tokens.items():
-                series(VISUAL_TOKENS, stage, method).inc(count)
-            series(BYTES_SAVED, method).inc(bytes_saved)
-            series(BLOCKS_SAVED, method).inc(blocks_saved)
+                series(VISUAL_TOKENS, stage, method, modality).inc(count)
+            series(BYTES_SAVED, method, modality).inc(bytes_saved)
+            series(BLOCKS_SAVED, method, modality).inc(blocks_saved)
             if rung:
                 series(AUTO_BUDGETS, rung).inc()
         if self._lowered:

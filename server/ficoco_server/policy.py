@@ -77,10 +77,12 @@ class Policy(BaseModel):
     default_method: str = DEFAULT_METHOD
     """The method where a request names none."""
     default_budget: int | Literal["auto"] | None = None
-    """The budget where a request names none; without one, such images are not reduced."""
+    """The budget of an image where a request names none; without one, such images are not reduced.
+    Videos never are."""
     min_budget: int = 1
     max_budget: int | None = None
-    """With a largest budget, images that ask for nothing get it where no default is set."""
+    """Of images. With a largest budget, those that ask for nothing get it where no default is
+    set."""
     methods: tuple[str, ...] = tuple(METHODS)
     """What requests may name. ``none`` is always among them, within ``max_budget``."""
     low_budget: int | None = None
@@ -196,11 +198,12 @@ class Policy(BaseModel):
                     f"{geometry.unsupported}"
                 )
             return
-        if missing := geometry.lacks(METHODS[self.default_method]):
-            able = [name for name in self.methods if not geometry.lacks(METHODS[name])]
+        video = largest is not None and largest.is_video  # a model that takes nothing else
+        if reason := geometry.refuses(METHODS[self.default_method], video):
+            able = [name for name in self.methods if not geometry.refuses(METHODS[name], video)]
             raise PolicyError(
-                f"the default method {self.default_method!r} ({_names('default_method')}) needs "
-                f"{missing}, which this model does not offer; of the allowed ones it does: "
+                f"{self.default_method!r} cannot be the default method "
+                f"({_names('default_method')}): {reason}; of the allowed ones these can: "
                 f"{', '.join(able) or 'none'}"
             )
         layout = largest or geometry.layout
@@ -276,9 +279,14 @@ class Policy(BaseModel):
         """Budget of ``detail: high``; None for no reduction."""
         return self.high_budget or self.max_budget
 
-    def limits(self) -> str:
+    def largest(self, modality: str) -> int | None:
+        """The largest budget of an image. A video has none: it is many images."""
+        return self.max_budget if modality == "image" else None
+
+    def limits(self, modality: str) -> str:
         """The allowed budgets, in words."""
-        upper = f" to {self.max_budget}" if self.max_budget else " on"
+        largest = self.largest(modality)
+        upper = f" to {largest}" if largest else " on"
         return f"a budget from {self.min_budget}{upper}, {BY_POLICY}"
 
 

@@ -2,11 +2,13 @@
 """vLLM's requests with our settings on them, and how those are taken out of a body.
 
 Nothing is judged here. vLLM's schema would drop what it does not know without a word, so the
-settings of the images are picked from the raw body first; :mod:`ficoco_server.resolve` judges.
+settings of images and videos are picked from the raw body first; :mod:`ficoco_server.resolve`
+judges.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import chain, islice
@@ -18,7 +20,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from ficoco_server.metrics import Observation
 from ficoco_server.resolve import DETAIL_KEY, Level, Settled, detail_of
-from vllm_ficoco.settings import AUTO, BUDGET_KEY, REDUCTION_KEY, SettingsError
+from vllm_ficoco.settings import AUTO, BUDGET_KEY, MODALITIES, REDUCTION_KEY, SettingsError
 
 OUR_KEYS = (BUDGET_KEY, REDUCTION_KEY)
 IMAGE_KEYS = (*OUR_KEYS, DETAIL_KEY)
@@ -29,15 +31,27 @@ _OTHER_WORDS = ("redaction",)
 _WRAPPERS = ("extra_body", "mm_processor_kwargs", "media_io_kwargs")
 """Fields with objects in them that have keys of a request's."""
 _IMAGE_FORMS = ("image_url", "input_image", "image_pil", "image_embeds")
-_USUAL_KEYS = frozenset((*IMAGE_KEYS, *_IMAGE_FORMS, "type", "url", "uuid"))
-"""Of images; none of them is a slip of the pen."""
+_FORMS = dict.fromkeys(_IMAGE_FORMS, "image") | {
+    "audio_embeds": "",
+    "video_embeds": "video",
+    "prompt_embeds": "",
+    "audio_url": "",
+    "input_audio": "",
+    "video_url": "video",
+}
+"""What is an image or a video, in the order in which vLLM looks for them in a part that does not
+say its type."""
+_USUAL_KEYS = frozenset((*IMAGE_KEYS, *_FORMS, "type", "url", "uuid"))
+"""Of images and videos; none of them is a slip of the pen."""
 
 
 class Asked(NamedTuple):
-    """The settings that a body has on its images."""
+    """The settings that a body has on its images and videos."""
 
     images: tuple[Level, ...] = ()
     """One level an image, in the order of the prompt."""
+    videos: tuple[Level, ...] = ()
+    """One a video."""
     misplaced: SettingsError | None = None
     """Settings in a place or a spelling in which they would do nothing, or that say two things of
     one image."""
@@ -57,8 +71,8 @@ class ReductionFields(BaseModel):
         ),
     ] = Field(
         default=None,
-        description="Visual tokens that every image of the request may keep, or 'auto': by what is "
-        "in it.",
+        description="Visual tokens that every image and every video of the request may keep, or, "
+        "for images, 'auto': by what is in it.",
     )
     reduction: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]})] = (
         Field(default=None, description="Method, budget and options; see GET /v1/reduction.")
@@ -66,6 +80,7 @@ class ReductionFields(BaseModel):
 
     _asked: Asked = PrivateAttr(default_factory=Asked)  # a default would be copied, deeply
     _settled: list[Settled] = PrivateAttr(default_factory=list)
+    """Of its images, then of its videos."""
     _lowers: bool | None = PrivateAttr(default=None)
     """Whether budgets of its that nobody has said are a rung lower; None before that is decided."""
     _seen: Observation = PrivateAttr(default_factory=Observation)
@@ -105,13 +120,13 @@ class ResponseRequest(ReductionFields, ResponsesRequest):
     field_names: ClassVar[set[str] | None] = None
 
 
-def is_image(part: Any) -> bool:
-    """Whether vLLM takes this part of a message for an image."""
+def modality_of(part: Any) -> str:
+    """What vLLM takes this part of a message for: ``image``, ``video``, or empty for another."""
     if not isinstance(part, Mapping):
-        return False
+        return ""
     if isinstance(part.get("type"), str) and part.get("uuid") is None:
-        return part["type"] in _IMAGE_FORMS
-    return any(form in part for form in _IMAGE_FORMS)
+        return _FORMS.get(part["type"], "")
+    return next((modality for form, modality in _FORMS.items() if form in part), "")
 
 
 def _near_misses(keys: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -178,57 +193,59 @@ def _objects(body: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]
                     yield inner, f"{name}.{key}"
 
 
-def count_images(messages: Any) -> int:
-    """Images in messages, as far as their contents are lists."""
-    if not isinstance(messages, list):
-        return 0
-    count = 0
-    for message in messages:
+def count_items(messages: Any) -> Counter[str]:
+    """Images and videos in messages, as far as their contents are lists."""
+    counts: Counter[str] = Counter()
+    for message in messages if isinstance(messages, list) else ():
         if isinstance(message, list):  # a batch of conversations
-            count += count_images(message)
+            counts += count_items(message)
         elif isinstance(message, Mapping):
-            contents = (message.get("content"), message.get("output"))
-            count += sum(is_image(p) for c in contents if isinstance(c, list) for p in c)
-    return count
+            for contents in (message.get("content"), message.get("output")):
+                counts.update(map(modality_of, contents if isinstance(contents, list) else ()))
+    return counts
 
 
 def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], Asked]:
-    """A body without the settings of its images, and those. The given body stays as it is."""
-    images: list[Level] = []
+    """A body without the settings of its images and videos, and those. The given body stays as it
+    is."""
+    items: dict[str, list[Level]] = {modality: [] for modality in MODALITIES}
     misplaced: list[SettingsError] = []
 
     def refuse(where: str, said: Mapping[str, Any]) -> None:
         """Settings that must not stand where they do."""
         for key, value in said.items() if not misplaced else ():
-            allowed = "once on an image or on the request, nowhere else"
+            allowed = "once on an image, on a video or on the request, nowhere else"
             misplaced.append(SettingsError(f"{where}.{key}", value, allowed))
 
     def without(part: Any, path: str, seen: bool) -> Any:
         if not isinstance(part, Mapping):
             return part
-        if not seen or not is_image(part):
+        modality = modality_of(part)
+        if not seen or not modality:
             for holder, where in _holders(part, path):
                 refuse(where, _ours(holder, OUR_KEYS))
             return part
         for holder, where in _holders(part, path):
-            if where not in (path, f"{path}.image_url"):
+            if where not in (path, f"{path}.{modality}_url"):
                 refuse(where, _ours(holder, OUR_KEYS))
                 continue
             for key, ours in _near_misses(holder.keys() - _USUAL_KEYS) if not misplaced else ():
                 if holder[key] is not None:
                     allowed = f"{ours}, if visual tokens are meant"
                     misplaced.append(SettingsError(f"{where}.{key}", holder[key], allowed))
-        inner = part.get("image_url")
-        said, inside = _said(part), {}
+        url = f"{modality}_url"
+        inner = part.get(url)
+        said, inside = _said(part, modality), {}
         if isinstance(inner, Mapping):
-            inside = _said(inner)
-            part = {**part, "image_url": _drop(inner)}
+            inside = _said(inner, modality)
+            part = {**part, url: _drop(inner, modality)}
         twice = {key: said[key] for key in said if inside.get(key, said[key]) != said[key]}
         refuse(path, twice)
-        embeds = "image_embeds" in (part.get("type"), *part)
+        embeds = f"{modality}_embeds" in (part.get("type"), *part)
         named = part.get("uuid") is not None
-        images.append(Level(path, said | inside, embeds, named, inside=tuple(inside)))
-        return _drop(part)
+        level = Level(path, said | inside, embeds, named, tuple(inside), modality)
+        items[modality].append(level)
+        return _drop(part, modality)
 
     def turn(message: Any, path: str) -> Any:
         if not isinstance(message, Mapping):
@@ -249,7 +266,8 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
     taken = dict(body)
     if isinstance(body.get(turns), list):
         taken[turns] = [turn(m, f"{turns}[{i}]") for i, m in enumerate(body[turns])]
-    return taken, Asked(tuple(images), misplaced[0] if misplaced else None)
+    first = misplaced[0] if misplaced else None
+    return taken, Asked(tuple(items["image"]), tuple(items["video"]), first)
 
 
 def _only_text(message: Mapping[str, Any]) -> bool:
@@ -281,7 +299,8 @@ def holds_image(value: Any) -> bool:
         return any(map(holds_image, value))
     if not isinstance(value, Mapping):
         return False
-    if is_image(value) or value.get("type") in ("image", *_IMAGE_FORMS) or value.get("mm_hashes"):
+    is_image = modality_of(value) == "image" or value.get("type") in ("image", *_IMAGE_FORMS)
+    if is_image or value.get("mm_hashes"):
         return True  # the last are processed images, for /inference/v1/generate
     return any(map(holds_image, value.values()))
 
@@ -316,15 +335,17 @@ def _ours(holder: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return {key: holder[key] for key in keys if holder.get(key) is not None}
 
 
-def _said(holder: Mapping[str, Any]) -> dict[str, Any]:
-    """What a part says of its image; ``detail: auto`` says nothing."""
-    said = _ours(holder, IMAGE_KEYS)
+def _said(holder: Mapping[str, Any], modality: str) -> dict[str, Any]:
+    """What a part says of its image or video; ``detail: auto`` says nothing."""
+    said = _ours(holder, IMAGE_KEYS if modality == "image" else OUR_KEYS)
     if detail_of(said.get(DETAIL_KEY)) == "auto":
         del said[DETAIL_KEY]
     return said
 
 
-def _drop(holder: Mapping[str, Any]) -> dict[str, Any]:
-    """What vLLM gets of an image's part: none of our keys, and the one ``detail`` that it takes."""
+def _drop(holder: Mapping[str, Any], modality: str) -> dict[str, Any]:
+    """What vLLM gets of a part: none of our keys, and the one ``detail`` that it takes."""
     left = {key: value for key, value in holder.items() if key not in OUR_KEYS}
-    return {**left, DETAIL_KEY: "auto"} if DETAIL_KEY in left else left
+    if modality == "image" and DETAIL_KEY in left:
+        left[DETAIL_KEY] = "auto"
+    return left

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from ficoco_server.metrics import INVALID, MIXED, Prefilled
 from ficoco_server.policy import Policy
 from ficoco_server.pressure import Pressure
-from ficoco_server.protocol import ReductionFields, count_images
+from ficoco_server.protocol import ReductionFields, count_items
 from ficoco_server.resolve import Level, Settled, as_written, fit, settled
 from vllm_ficoco import schedule
 from vllm_ficoco.cost import Decoder, mlp_width, prefill_flops_ratio
@@ -26,15 +26,17 @@ from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.engine.gaps import Run, held_of
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.models.processing import (
-    COUNTS_KEY,
+    COUNTS_KEYS,
     LOWERED_KEY,
     RefusedImage,
     RefusedPositions,
 )
+from vllm_ficoco.packed import Packed
 from vllm_ficoco.plugin import MODELS
 from vllm_ficoco.settings import (
     AUTO,
     BUDGET_KEY,
+    MODALITIES,
     NO_REDUCTION,
     AutoBudget,
     OfLadder,
@@ -47,7 +49,7 @@ from vllm_ficoco.vision.layout import Layout
 
 
 class _Held(NamedTuple):
-    """What an image holds in the KV cache."""
+    """What an image or a video holds in the KV cache."""
 
     said: dict[str, Any]
     """The same in the report; not to be changed."""
@@ -93,6 +95,13 @@ class Reducer:
         """Pixels of a side of what the tower takes in: an image, or a tile of it."""
         if self.geometry.by_image and processor is None:
             self.geometry = Geometry.none("this server takes no images")
+        limits = processor.info.allowed_mm_limits if processor is not None else {}
+        self.modalities = [
+            modality
+            for modality in MODALITIES
+            if limits.get(modality) and self.geometry.methods(modality == "video")
+        ]
+        """What can be reduced."""
         self.largest: Layout | None = None
         """Of the image that has most tokens; None where nothing can be reduced."""
         self.pressure = Pressure()
@@ -123,16 +132,17 @@ class Reducer:
         # or none where they have several.
         packed = vllm_config.cache_config.effective_attention_block_size is None
         self.parts = schedule.parts(self._spans, self.block_size, packed)
-        self._of_image = lru_cache(maxsize=4096)(self._describe_image)
+        self._of_item = lru_cache(maxsize=4096)(self._describe_item)
         self._of_budget = lru_cache(maxsize=1024, typed=True)(self._settle_alike)
 
     def settle(self, request: ReductionFields, messages: Any) -> list[Reduction | None]:
-        """The settings of every image of a request.
+        """The settings of every image of a request, then of every video: in this order they are
+        everywhere in here.
 
         Args:
-            request: with what was said on it and on its images.
+            request: with what was said on it and on its images and videos.
             messages: as they will be rendered; they may begin with those of earlier turns, whose
-                images follow the request.
+                images and videos follow the request.
 
         Raises:
             VLLMValidationError: they cannot be used.
@@ -141,8 +151,10 @@ class Reducer:
             asked = request._asked
             if asked.misplaced is not None:  # settings that would do nothing, or pass by the policy
                 raise asked.misplaced
-            earlier = max(count_images(messages) - len(asked.images), 0)
-            levels = [Level()] * earlier + [*asked.images]
+            there, levels = count_items(messages), list[Level]()
+            for modality, said in zip(MODALITIES, (asked.images, asked.videos), strict=True):
+                earlier = max(there[modality] - len(said), 0)
+                levels += [Level(modality=modality)] * earlier + [*said]
             budget, lower = request.visual_token_budget, bool(request._lowers)
             if (
                 levels
@@ -150,7 +162,10 @@ class Reducer:
                 and isinstance(budget, int | str | None)
                 and not any(level.said for level in levels)
             ):
-                images = [self._of_budget(budget, at.embeds, at.named, lower) for at in levels]
+                images = [
+                    self._of_budget(budget, at.embeds, at.named, at.modality, lower)
+                    for at in levels
+                ]
             else:
                 images = settled(self.policy, request.level, levels, self.geometry, lower)
             request._settled = images
@@ -163,22 +178,23 @@ class Reducer:
             raise _refusal(request, error) from None
 
     def _settle_alike(
-        self, budget: int | str | None, embeds: bool, named: bool, lower: bool
+        self, budget: int | str | None, embeds: bool, named: bool, modality: str, lower: bool
     ) -> Settled:
-        """What holds for an image of a request that says a budget, or nothing, of all its images.
+        """What holds for an item of a request that says a budget, or nothing, of all its items.
 
         Args:
             budget: of the request.
-            embeds: the image comes as embeddings.
+            embeds: the item comes as embeddings.
             named: it has a uuid.
+            modality: of the item.
             lower: as of :func:`settled`.
 
         Raises:
             SettingsError: it cannot be used.
         """
         said = {} if budget is None else {BUDGET_KEY: budget}
-        image = Level(embeds=embeds, named=named)
-        return settled(self.policy, Level(said=said), [image], self.geometry, lower)[0]
+        item = Level(embeds=embeds, named=named, modality=modality)
+        return settled(self.policy, Level(said=said), [item], self.geometry, lower)[0]
 
     def fit(self, request: ReductionFields, engine_input: Any) -> list[Reduction | None]:
         """The settings of every image, once the prompt is rendered and their sizes are known.
@@ -186,7 +202,7 @@ class Reducer:
         Raises:
             VLLMValidationError: those of an image cannot be used.
         """
-        images, made = request._settled, engine_input.get(COUNTS_KEY, ())
+        images, made = request._settled, self._made(engine_input)
         if not self.geometry.by_image:  # all but what waits for the image was seen to at once
             if not any(isinstance(image.reduction, OfLadder) for image in images):
                 return [image.reduction for image in images]
@@ -210,15 +226,29 @@ class Reducer:
 
     @staticmethod
     def refused(request: ReductionFields, refused: RefusedImage) -> VLLMValidationError:
-        """What the processor says of an image's settings, in the words of its client."""
-        return _refusal(request, as_written(request._settled[refused.image], refused.error))
+        """What the processor says of an item's settings, in the words of its client."""
+        alike = [one for one in request._settled if one.modality == refused.modality]
+        return _refusal(request, as_written(alike[refused.image], refused.error))
+
+    @staticmethod
+    def by_modality(request: ReductionFields, settings: Sequence[Reduction | None]) -> Any:
+        """The settings of a request's items as the processor takes them."""
+        images = [one.modality for one in request._settled].count("image")
+        if images == len(settings):
+            return [*settings]
+        return {"image": [*settings[:images]], "video": [*settings[images:]]}
+
+    @staticmethod
+    def _made(engine_input: Any) -> list[Packed]:
+        """What the processor says that it has made of every item."""
+        return [packed for key in COUNTS_KEYS.values() for packed in engine_input.get(key, ())]
 
     def _layouts(self, embeds: Sequence[bool], engine_input: Any) -> list[Layout | None]:
-        """Of every image; None for embeddings, and where nothing can be reduced."""
+        """Of every item; None for embeddings, and where nothing can be reduced."""
         if self.geometry.unsupported:
             return [None] * len(embeds)
         if self.geometry.by_image:
-            return [packed.layout for packed in engine_input.get(COUNTS_KEY, ())]
+            return [packed.layout for packed in self._made(engine_input)]
         return [None if given else self.geometry.layout for given in embeds]
 
     def too_large(self, layout: Layout) -> bool:
@@ -245,13 +275,15 @@ class Reducer:
         prompt = len(engine_input["prompt_token_ids"])
         if prompt < self.context or not settings:
             return
-        places = (engine_input.get("mm_placeholders") or {}).get("image", [])
-        visual = sum(place.length for place in places)
-        whole = sum(place.length for place, given in zip(places, embeds, strict=False) if given)
-        layouts = [layout for layout in self._layouts(embeds, engine_input) if layout]
+        by_modality = engine_input.get("mm_placeholders") or {}
+        lengths = [*map(_tokens, _flat(by_modality))]
+        visual = sum(lengths)
+        found = self._layouts(embeds, engine_input)
+        whole = sum(n for n, layout in zip(lengths, found, strict=False) if layout is None)
+        layouts = [layout for layout in found if layout]
         message = (
             f"The prompt is too long: {prompt} tokens, {visual} of them visual tokens of "
-            f"{_counted(len(places), 'image')}, and this model takes {self.context}, with at least "
+            f"{_counted_items(by_modality)}, and this model takes {self.context}, with at least "
             "one of the answer among them."
         )
         if layouts:
@@ -266,10 +298,10 @@ class Reducer:
         embeds: Sequence[bool],
         engine_input: Any,
     ) -> None:
-        """Refuse images that would wait for one another for ever.
+        """Refuse images and videos that would wait for one another for ever.
 
-        Where a method reads the question, all images of the prompt must run in the step that the
-        question runs in, and how many images a step encodes is limited.
+        Where a method reads the question, all of them must run in the step that the question runs
+        in, and how much a step encodes is limited.
 
         Raises:
             VLLMValidationError: they are more.
@@ -281,30 +313,24 @@ class Reducer:
             return
         places, hashes = engine_input["mm_placeholders"], engine_input["mm_hashes"]
         layouts = self._layouts(embeds, engine_input)
-        encoded = {  # an image that comes twice is encoded once, embeddings are not
-            one: max(place.length, min(layout.encoded, self.encoder_tokens))
+        encoded = {  # what comes twice is encoded once, embeddings are not
+            one: max(_tokens(place), min(layout.encoded, self.encoder_tokens))
             if layout
-            else place.length
-            for one, place, layout in zip(hashes["image"], places["image"], layouts, strict=True)
-        }
-        others = {  # a video, say
-            one: place.length
-            for kind in places.keys() - {"image"}
-            for one, place in zip(hashes[kind], places[kind], strict=True)
+            else _tokens(place)
+            for one, place, layout in zip(_flat(hashes), _flat(places), layouts, strict=True)
         }
         fit = self.geometry.images_at_once(self.encoder_tokens)
         most = fit * self.geometry.tokens
-        value, allowed = _counted(len(encoded), "image"), _counted(fit, "image")
+        once = {kind: {*hashes[kind]} for kind in hashes}
+        value, allowed = _counted_items(once), _counted(fit, "image")
         if self.geometry.by_image:
             most = self.encoder_tokens
             value += f" of {sum(encoded.values())} visual tokens in the tower"
             padding = "" if self.geometry.is_native else ", padding of tiles included"
-            allowed = f"images of {most} visual tokens there{padding},"
-        if others:
-            value += f" beside {sum(others.values())} tokens of {_counted(len(others), 'video')}"
-            allowed = f"{allowed} videos counted as well,"
-        # One image alone is always encoded.
-        if sum(encoded.values()) + sum(others.values()) > most:
+            what = "images and videos" if "video" in once else "images"
+            allowed = f"{what} of {most} visual tokens there{padding},"
+        # One alone is always encoded.
+        if sum(encoded.values()) > most:
             error = SettingsError(
                 request.turns,
                 value,
@@ -316,26 +342,35 @@ class Reducer:
     def _what_would_fit(
         self, settings: Sequence[Reduction | None], layouts: Sequence[Layout], room: int
     ) -> str:
-        """The largest budget of images that have so many tokens of a prompt to share, in words."""
+        """The largest budget of images and videos that have so many tokens of a prompt to share, in
+        words."""
         policy = self.policy
         late = [r.method for r in settings if r and r.spec.decoder]
-        able = [name for name in policy.methods if not self.geometry.lacks(METHODS[name])]
-        early = [name for name in able if METHODS[name].place != "nowhere"]
-        early = [name for name in early if METHODS[name].decoder is None]
+        kinds = sorted({layout.kind for layout in layouts})
+        early = [
+            name
+            for name in policy.methods
+            if all(name in self.geometry.methods(kind == "video") for kind in kinds)
+            and METHODS[name].place != "nowhere"
+            and METHODS[name].decoder is None
+        ]
+        several = " and ".join(f"{kind}s" for kind in kinds)
         if not early:
-            return f"{len(layouts)} images that keep all their tokens do not fit; send fewer."
+            return f"{len(layouts)} {several} that keep all their tokens do not fit; send fewer."
 
         def held(budget: int) -> list[int]:
-            """Tokens of every image at a budget; a small one has fewer."""
+            """Tokens of every item at a budget; a small one has fewer."""
             return [min(budget, layout.sent) for layout in layouts]
 
-        budgets = range(1 + max(held(policy.max_budget or room)))
+        largest = policy.max_budget if "image" in kinds else None
+        budgets = range(1 + max(held(largest or room)))
         budget = bisect_right(budgets, room, key=lambda budget: sum(held(budget))) - 1
         if budget < policy.min_budget:
             most = sum(n <= room for n in accumulate(sorted(held(policy.min_budget))))
+            what = several if most != 1 else " or ".join(kinds)
             return (
-                f"At the smallest budget of this server, {policy.min_budget}, at most "
-                f"{_counted(most, 'image')} would fit."
+                f"At the smallest budget of this server, {policy.min_budget}, at most {most} "
+                f"{what} would fit."
             )
         early.sort(key=lambda name: name != policy.default_method)
         method = next((name for name in early if self._reaches(name, budget, layouts)), early[0])
@@ -344,15 +379,15 @@ class Reducer:
         else:
             said = f"visual_token_budget {budget}"
         why = (
-            f" {late[0]} reduces inside the decoder: images enter it with more tokens than their "
-            "budget, or with all."
+            f" {late[0]} reduces inside the decoder: {several} enter it with more tokens than "
+            "their budget, or with all."
             if late
             else ""
         )
-        return f"With {said} or less for every image it would fit.{why}"
+        return f"With {said} or less for every {' and '.join(kinds)} it would fit.{why}"
 
     def _reaches(self, method: str, budget: int, layouts: Sequence[Layout]) -> bool:
-        """Whether a method can keep so few tokens of all these images."""
+        """Whether a method can keep so few tokens of all these images and videos."""
         reduction = Reduction(method=method, budget=budget)
         try:
             for layout in layouts:
@@ -368,10 +403,11 @@ class Reducer:
         engine_input: Any,
         asked: Sequence[Reduction | None] = (),
     ) -> dict[str, Any] | None:
-        """What the engine was given, read from its input; None for a request without images.
+        """What the engine was given, read from its input; None for a request without images and
+        videos.
 
         Args:
-            settings: of every image.
+            settings: of every item.
             embeds: which of them come as embeddings.
             engine_input: what the processor has made of the prompt.
             asked: the settings before their images were seen, to name those that waited for them.
@@ -379,8 +415,9 @@ class Reducer:
         Raises:
             RuntimeError: it is not what the settings say.
         """
-        placeholders = (engine_input.get("mm_placeholders") or {}).get("image", [])
-        entering = [placeholder.length for placeholder in placeholders]
+        by_modality = engine_input.get("mm_placeholders") or {}
+        placeholders = _flat(by_modality)
+        entering = [*map(_tokens, placeholders)]
         geometry, layouts = self.geometry, self._layouts(embeds, engine_input)
         if geometry.unsupported and len(entering) != len(settings):
             return None  # a model that calls its images something else; none of them is reduced
@@ -392,7 +429,7 @@ class Reducer:
             raise RuntimeError(
                 f"{expected} visual tokens were due, but the engine was given {entering}"
             )
-        given = [packed.reduction for packed in engine_input.get(COUNTS_KEY, ())]
+        given = [packed.reduction for packed in self._made(engine_input)]
         if given and given != settings:
             raise RuntimeError(f"{settings} were due, but the engine was given {given}")
         if not entering:
@@ -406,15 +443,15 @@ class Reducer:
             tuple(self._held_in_stages(reduction, layout, place, prompt))
             for reduction, layout, place in zip(settings, layouts, placeholders, strict=True)
         ]
-        held = [*map(self._of_image, settings, before, by_stage)]
-        images = [dict(of.said) for of in held]
-        for image, waited in zip(images, asked, strict=False):
+        held = [*map(self._of_item, settings, before, by_stage)]
+        items = [dict(of.said) for of in held]
+        for item, waited in zip(items, asked, strict=False):
             if isinstance(waited, AutoBudget):
-                image["requested"] = AUTO
-        for image, less in zip(images, engine_input.get(LOWERED_KEY, ()), strict=False):
-            if less:
-                image["lowered_by"] = "pressure"
-        methods, budgets = ({image[key] for image in images} for key in ("method", "budget"))
+                item["requested"] = AUTO
+        for item, less in zip(items, engine_input.get(LOWERED_KEY, ()), strict=False):
+            if less:  # an image, and those come first
+                item["lowered_by"] = "pressure"
+        methods, budgets = ({item[key] for item in items} for key in ("method", "budget"))
         text, layers = prompt - sum(entering), self.decoder.layers
         had, in_layers = sum(before), sum(of.in_layers for of in held)
         per_layer = self.decoder.kv_bytes_per_token // layers
@@ -422,6 +459,7 @@ class Reducer:
         if in_layers < had * layers:
             of_stage = tuple(text + sum(stage) for stage in zip(*by_stage, strict=True))
             ratio = _flops_ratio(of_stage, tuple(self._spans), text + had, self.decoder)
+        images = len(by_modality.get("image", ()))
         return {
             "method": methods.pop() if len(methods) == 1 else MIXED,
             "budget": budgets.pop() if len(budgets) == 1 else None,
@@ -430,13 +468,14 @@ class Reducer:
             "kv_cache_bytes_held": in_layers * per_layer,
             "kv_cache_bytes_saved": (had * layers - in_layers) * per_layer,
             "estimated_prefill_flops_ratio": ratio,
-            "images": images,
+            "images": items[:images],
+            **({"videos": items[images:]} if images < len(items) else {}),
         }
 
-    def _describe_image(
+    def _describe_item(
         self, reduction: Reduction | None, before: int, by_stage: tuple[int, ...]
     ) -> _Held:
-        """What an image holds, of which a request after the other says the same.
+        """What an item holds, of which a request after the other says the same.
 
         Args:
             reduction: its settings.
@@ -459,12 +498,13 @@ class Reducer:
         return self.geometry.spans if self.geometry.starts else [self.decoder.layers]
 
     def prefilled(self, report: dict[str, Any] | None) -> list[Prefilled]:
-        """What the images of a report add to the metrics, once they are in the KV cache."""
+        """What the images and videos of a report add to the metrics, once they are in the KV
+        cache."""
         spans, layers = self._spans, self.decoder.layers
         starts = [0, *accumulate(spans[:-1])]
         per_layer = self.decoder.kv_bytes_per_token // layers
-        images = []
-        for image in report["images"] if report else ():
+        prefilled = []
+        for modality, image in reported(report):
             before, kept = image["visual_tokens_before"], image["visual_tokens_kept"]
             by_stage = image.get("visual_tokens_by_stage", [kept])
             tokens = {"input": before, "kept": kept}
@@ -474,36 +514,47 @@ class Reducer:
             rung = ""
             if image.get("requested") == AUTO:
                 rung = self.policy.auto().rung_name(image["budget"] or before, before)
-            images.append(
+            prefilled.append(
                 Prefilled(
                     image["method"],
                     tokens,
                     schedule.total_over_layers(left, spans) * per_layer,
                     sum(left[part.stage] / part.block for part in self.parts),
                     rung,
+                    modality,
                 )
             )
-        return images
+        return prefilled
 
     def _held_in_stages(
         self, reduction: Reduction | None, layout: Layout | None, place: Any, prompt: int
     ) -> list[int]:
-        """Visual tokens of an image in every stage of the decoder, in whole blocks."""
+        """Visual tokens of an item in every stage of the decoder, in whole blocks."""
         if reduction is None or reduction.spec.decoder is None:
-            return [place.length] * (1 + len(self.geometry.starts))
+            return [_tokens(place)] * (1 + len(self.geometry.starts))
         run = Run(place.offset, place.offset + place.length)
         return [
-            place.length,
+            _tokens(place),
             *(
                 held_of(run, keep, self.block_size, prompt)
                 for keep in self.geometry.held(reduction, layout=layout)[1:]
             ),
         ]
 
+    def _able(self, modality: str) -> list[str]:
+        """The methods that server and model allow, where there are enough stages for them."""
+        stages = len(self.geometry.starts)
+        return [
+            name
+            for name in self.geometry.methods(modality == "video")
+            if modality in self.modalities
+            and name in (*self.policy.methods, NO_REDUCTION)
+            and ((part := METHODS[name].decoder) is None or part.least_stages <= stages)
+        ]
+
     def describe(self) -> dict[str, Any]:
         """The answer to ``GET /v1/reduction``."""
         geometry, policy = self.geometry, self.policy
-        stages = len(geometry.starts)
         if self.largest is None:
             support: dict[str, Any] = {"supported": False, "reason": geometry.unsupported}
             details: dict[str, Any] = {"low": None, "high": None}
@@ -513,6 +564,7 @@ class Reducer:
                 "layout": "by image" if geometry.by_image else "fixed",
                 "grid": "by image" if geometry.is_native else list(geometry.grid),
                 "visual_tokens": self.largest.tokens,
+                "modalities": self.modalities,
                 "tower_layers": geometry.layers,
                 "has_cls": geometry.has_cls,
                 "decoder_stages": list(geometry.starts),
@@ -544,13 +596,8 @@ class Reducer:
                 "limits; N is what it has unreduced",
             },
             "policy": {
-                "methods": [
-                    name
-                    for name, method in METHODS.items()
-                    if name in (*policy.methods, NO_REDUCTION)
-                    and not geometry.lacks(method)
-                    and (method.decoder is None or method.decoder.least_stages <= stages)
-                ],
+                "methods": self._able("image"),
+                "video_methods": self._able("video"),
                 "min_budget": policy.min_budget,
                 "max_budget": policy.max_budget,
             },
@@ -587,8 +634,32 @@ def _refusal(request: ReductionFields, error: SettingsError) -> VLLMValidationEr
     return VLLMValidationError(str(error), parameter=error.field)
 
 
+def reported(report: Mapping[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a report says of every image and every video, and which of them it is."""
+    for modality in MODALITIES:
+        for item in (report or {}).get(f"{modality}s", ()):
+            yield modality, item
+
+
+def _flat(by_modality: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """Of images, then of videos."""
+    return [one for modality in MODALITIES for one in by_modality.get(modality, ())]
+
+
+def _tokens(place: Any) -> int:
+    """Visual tokens among those of an item's place in a prompt: text may stand between frames."""
+    count: int = place.get_num_embeds()
+    return count
+
+
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _counted_items(by_modality: Mapping[str, Collection[Any]]) -> str:
+    """How many images and videos, in words."""
+    there = [m for m in MODALITIES if by_modality.get(m)]
+    return " and ".join(_counted(len(by_modality[m]), m) for m in there)
 
 
 def _refuse_whole_prompts(request: Any, settings: Sequence[Reduction | None]) -> None:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a request says, here and there, to the settings of every image.
+"""From what a request says, here and there, to the settings of every image and every video.
 
 The nearest wins: the image, then the request, then the server's default. What depends on how many
 tokens an image has is in :func:`fit`. Where all images of a model have as many, it is asked at
 once; else when the prompt is rendered, and the processor has seen the image's size.
+
+A video is like an image whose tokens depend on it, but for the policy: budgets there are of images,
+and would ruin a video. By default it stays whole, and no budget is too large for it.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def detail_of(value: Any) -> str | None:
 
 
 class Level(NamedTuple):
-    """What was said in one place of a request: on the request itself or on one image."""
+    """What was said in one place of a request: on the request itself, on one image or one video."""
 
     path: str = ""
     """Where, for messages: empty for the request, ``messages[0].content[1]``, ..."""
@@ -56,12 +59,13 @@ class Level(NamedTuple):
     named: bool = False
     """The image has a ``uuid``, by which it is found again, together with its settings."""
     inside: tuple[str, ...] = ()
-    """Keys that stood in the image's ``image_url``."""
+    """Keys that stood in the image's ``image_url``, or the video's ``video_url``."""
+    modality: str = "image"
 
     def field(self, key: str) -> str:
         """The path of a key that was said here."""
         if key in self.inside:
-            key = f"image_url.{key}"
+            key = f"{self.modality}_url.{key}"
         return f"{self.path}.{key}" if self.path else key
 
 
@@ -78,7 +82,7 @@ class Wish(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """What holds for one image."""
+    """What holds for one image, or one video."""
 
     reduction: Reduction | None
     """None: it keeps all its tokens."""
@@ -86,6 +90,7 @@ class Settled(NamedTuple):
     """Where its budget was said, or that it has none; empty for the server's default."""
     embeds: bool = False
     """It comes as embeddings."""
+    modality: str = "image"
 
 
 def settled(
@@ -95,7 +100,8 @@ def settled(
     geometry: Geometry,
     lower: bool = False,
 ) -> list[Settled]:
-    """What holds for every image of a request; where its size matters, before :func:`fit`.
+    """What holds for every image and video of a request; where its size matters, before
+    :func:`fit`.
 
     The nearest wins, part by part: a budget on an image goes with the method that the request
     names around it.
@@ -103,25 +109,30 @@ def settled(
     Args:
         policy: of the server.
         request: what is said on the request.
-        images: what is said on each image.
+        images: what is said on each image and each video.
         geometry: of the model.
-        lower: budgets that nobody has said, and those of ``auto``, are a rung lower.
+        lower: budgets of images that nobody has said, and those of ``auto``, are a rung lower.
 
     Raises:
         SettingsError: what was said cannot be used here; nothing more than without ``lower``.
     """
-    general = _narrow(policy, _default(policy), request, geometry)
-    if not images and general.field and general.method != NO_REDUCTION:
+    general = {
+        modality: _narrow(policy, _default(policy, modality), request, geometry, modality)
+        for modality in {image.modality: None for image in images} or ("image",)
+    }
+    if not images and general["image"].field and general["image"].method != NO_REDUCTION:
         key, value = next(iter(request.said.items()))
-        raise SettingsError(request.field(key), value, "left out: the request has no images")
+        raise SettingsError(
+            request.field(key), value, "left out: the request has no images and no videos"
+        )
     known = not geometry.unsupported and not geometry.by_image
     admitted = []
     for image in images:
-        wish = _narrow(policy, general, image, geometry)
+        wish = _narrow(policy, general[image.modality], image, geometry, image.modality)
         one = _admit(policy, wish, image, geometry)
-        if lower and not geometry.unsupported:
+        if lower and image.modality == "image" and not geometry.unsupported:
             one = _lowered(policy, wish, one, image)
-        if known and not isinstance(one.reduction, OfLadder):
+        if known and image.modality == "image" and not isinstance(one.reduction, OfLadder):
             one = one._replace(reduction=fit(policy, one, geometry, geometry.layout))
         admitted.append(one)
     return admitted
@@ -134,7 +145,7 @@ def fit(
     layout: Layout,
     chosen: Reduction | None = None,
 ) -> Reduction | None:
-    """The settings of an image of this layout; None where it keeps all its tokens.
+    """The settings of an image or video of this layout; None where it keeps all its tokens.
 
     Args:
         policy: of the server.
@@ -148,8 +159,9 @@ def fit(
     """
     reduction = image.reduction
     if reduction is None:
-        if policy.max_budget and layout.tokens > policy.max_budget and not image.embeds:
-            raise SettingsError(image.field, NO_REDUCTION, policy.limits())
+        most = policy.largest(image.modality)
+        if most and layout.tokens > most and not image.embeds:
+            raise SettingsError(image.field, NO_REDUCTION, policy.limits(image.modality))
         return None
     if isinstance(reduction, OfLadder):
         return chosen
@@ -157,7 +169,8 @@ def fit(
         geometry.stages(reduction, layout=layout)
         if reduction.budget is None:
             held = geometry.held(reduction, layout=layout)
-            _within(policy, math.ceil(average_over_layers(held, geometry.spans)), "budget")
+            on_average = math.ceil(average_over_layers(held, geometry.spans))
+            _within(policy, on_average, "budget", image.modality)
     except SettingsError as error:
         raise as_written(image, error) from None
     return reduction.for_tokens(layout.sent)
@@ -179,14 +192,14 @@ def as_written(image: Settled, error: SettingsError) -> SettingsError:
     return SettingsError(field, error.value, error.allowed)
 
 
-def _default(policy: Policy) -> Wish:
-    """What holds where nothing is said."""
-    budget = policy.default_budget
+def _default(policy: Policy, modality: str) -> Wish:
+    """What holds where nothing is said. A default budget is an image's."""
+    budget = policy.default_budget if modality == "image" else None
     return Wish(policy.default_method, policy.auto() if isinstance(budget, str) else budget)
 
 
-def _narrow(policy: Policy, around: Wish, level: Level, geometry: Geometry) -> Wish:
-    """What holds at a level, given what holds around it."""
+def _narrow(policy: Policy, around: Wish, level: Level, geometry: Geometry, modality: str) -> Wish:
+    """What holds at a level for images or videos, given what holds around it."""
     said, field = _read(policy, level, geometry)
     if said is None:
         return around
@@ -194,7 +207,7 @@ def _narrow(policy: Policy, around: Wish, level: Level, geometry: Geometry) -> W
         Reduction.parse(said, field)
         return Wish(NO_REDUCTION, None, field=field, said=True)
     if around.method == NO_REDUCTION:  # said farther away: no more than "not by default"
-        around = _default(policy)
+        around = _default(policy, modality)
     if said.get("budget") == AUTO:
         said = {**said, "budget": policy.auto()}
     method = said.get("method", around.method)
@@ -268,19 +281,21 @@ def _admit(policy: Policy, wish: Wish, image: Level, geometry: Geometry) -> Sett
 
     What the image's tokens have a say in is left to :func:`fit`.
     """
+    is_video = image.modality == "video"
     if wish.method == NO_REDUCTION:
-        return Settled(None, wish.field, image.embeds)
+        return Settled(None, wish.field, image.embeds, image.modality)
     if not wish.field and (wish.budget is None or image.embeds):
-        return Settled(None, wish.field, image.embeds)
+        return Settled(None, wish.field, image.embeds, image.modality)
     if wish.budget is None and wish.options.get("tokens") is None:
+        of_videos = " for videos" if is_video else ""
         raise SettingsError(
-            f"{wish.field}.budget", None, "given: this server has no default budget"
+            f"{wish.field}.budget", None, f"given: this server has no default budget{of_videos}"
         )
     if geometry.unsupported:
         raise SettingsError(wish.field, _word(wish.budget), f"left out: {geometry.unsupported}")
     if image.embeds:
         value = _word(wish.budget)
-        raise SettingsError(wish.field, value, "left out for image_embeds")
+        raise SettingsError(wish.field, value, f"left out for {image.modality}_embeds")
     whole = wish.field.endswith(REDUCTION_KEY)
     if wish.method not in policy.methods:
         raise SettingsError(
@@ -289,17 +304,25 @@ def _admit(policy: Policy, wish: Wish, image: Level, geometry: Geometry) -> Sett
             f"one of {', '.join(policy.methods)}, {BY_POLICY}",
         )
     field = f"{wish.field}.budget" if whole else wish.field
+    if is_video and isinstance(wish.budget, Waiting):
+        allowed = "a number for a video: only images say what they need"
+        raise SettingsError(field, _word(wish.budget), allowed)
     reduction: Reduction
     if isinstance(wish.budget, Waiting):
         reduction = wish.budget.with_method(wish.method, wish.options)
     else:
         if wish.budget is not None:
-            _within(policy, wish.budget, field)
+            _within(policy, wish.budget, field, image.modality)
         settings = {"method": wish.method, "budget": wish.budget, "options": wish.options}
         reduction = Reduction.parse(settings)
-    if geometry.by_image:  # what the model lacks for the method, whatever the image
-        geometry.check_method(reduction, field)
-    return Settled(reduction, field)
+    if is_video and not whole and (reason := geometry.refuses(reduction.spec, video=True)):
+        able = ", ".join(geometry.methods(video=True))
+        if able:  # nobody has named the method here
+            allowed = f"in a {REDUCTION_KEY} with one of the methods {able}: {reason}"
+            raise SettingsError(field, wish.budget, allowed)
+    if geometry.by_image or is_video:  # what the model lacks for the method, whatever the image
+        geometry.check_method(reduction, field, is_video)
+    return Settled(reduction, field, modality=image.modality)
 
 
 def _lowered(policy: Policy, wish: Wish, settled: Settled, image: Level) -> Settled:
@@ -332,6 +355,7 @@ def _word(budget: int | Waiting | None) -> int | str | None:
     return budget
 
 
-def _within(policy: Policy, budget: int, field: str) -> None:
-    if not policy.min_budget <= budget <= (policy.max_budget or MAX_BUDGET):
-        raise SettingsError(field, budget, policy.limits())
+def _within(policy: Policy, budget: int, field: str, modality: str) -> None:
+    most = policy.largest(modality)
+    if not policy.min_budget <= budget <= (most or MAX_BUDGET):
+        raise SettingsError(field, budget, policy.limits(modality))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import aclosing
 from copy import copy
 from typing import Any, TypeVar
@@ -29,13 +30,13 @@ from ficoco_server.media import load_images_with_ours
 from ficoco_server.metrics import LOWERED
 from ficoco_server.plugin import MODEL_PLUGIN, NAME
 from ficoco_server.policy import Policy, PolicyError
-from ficoco_server.protocol import ReductionFields, is_image
-from ficoco_server.reducer import Reducer
+from ficoco_server.protocol import ReductionFields, modality_of
+from ficoco_server.reducer import Reducer, reported
 from ficoco_server.scale_out import ReductionTokens
 from ficoco_server.sent import remember_what_is_sent
 from vllm_ficoco.engine.checks import SCHEDULER
 from vllm_ficoco.models.processing import RefusedImage, RefusedPositions
-from vllm_ficoco.settings import REDUCTION_KEY, OfLadder, SettingsError
+from vllm_ficoco.settings import MODALITIES, REDUCTION_KEY, OfLadder, SettingsError
 from vllm_ficoco.vision.geometry import GRAPHS_KEY, STAGES_KEY
 
 T = TypeVar("T")
@@ -141,7 +142,9 @@ class ReductionRenderer(OnlineRenderer):
             settings = self.reducer.settle(request, messages)
         except VLLMValidationError as refused:
             try:
-                await _check_parts(messages, self.model_config)
+                whole = self.reducer.geometry.videos == "whole"  # perhaps the model takes none
+                known = ("image",) if whole else MODALITIES
+                await _check_parts(messages, self.model_config, known)
             except (VLLMClientError, ValueError):
                 raise
             except Exception:  # a video that does not come, say
@@ -156,7 +159,8 @@ class ReductionRenderer(OnlineRenderer):
                 trust_request_mm_kwargs=self.trust_request_mm_kwargs,
             )
             # As they are: what waits for the image has no form that a client could send.
-            request.mm_processor_kwargs = {**(theirs or {}), REDUCTION_KEY: settings}
+            said = self.reducer.by_modality(request, settings)
+            request.mm_processor_kwargs = {**(theirs or {}), REDUCTION_KEY: said}
             render = self.trusting.preprocess_chat
         else:
             render = super().preprocess_chat
@@ -183,7 +187,7 @@ class ReductionRenderer(OnlineRenderer):
         request._report = report
         seen.describe(
             self.reducer.prefilled(report),
-            any("lowered_by" in image for image in (report or {}).get("images", ())),
+            any("lowered_by" in image for _, image in reported(report)),
         )
         return rendered
 
@@ -310,27 +314,29 @@ def _cut_off(request: Any) -> VLLMValidationError | None:
     said = getattr(request, field)
     if said in (None, "disabled"):
         return None
-    return _refused(field, said, "left out, or so large that every image stays in the prompt")
+    return _refused(
+        field, said, "left out, or so large that all images and videos stay in the prompt"
+    )
 
 
 def _refused(field: str, value: object, allowed: str) -> VLLMValidationError:
     return VLLMValidationError(str(SettingsError(field, value, allowed)), parameter=field)
 
 
-async def _check_parts(messages: Any, model_config: Any) -> None:
+async def _check_parts(messages: Any, model_config: Any, known: Collection[str]) -> None:
     """Let vLLM refuse messages that it could not render, whatever is said of their images.
 
-    A part of a form that it does not take is no image to us, which we would complain about. Images
-    are left out, so that none is loaded.
+    A part of a form that it does not take is no image to us, which we would complain about. What is
+    of a known modality is left out, so that it is not loaded.
     """
     empty = {"type": "text", "text": ""}
-    without_images = [
-        {**message, "content": [empty if is_image(part) else part for part in content]}
+    without_known = [
+        {**message, "content": [empty if modality_of(part) in known else part for part in content]}
         if (content := message.get("content")) and not isinstance(content, str)
         else message
         for message in messages
     ]
-    await parse_chat_messages_async(without_images, model_config, content_format="string")
+    await parse_chat_messages_async(without_known, model_config, content_format="string")
 
 
 async def _refuse_harmony(handler: Any, request: ReductionFields, work: Any) -> Any:
@@ -349,7 +355,7 @@ def _with_visual(details: dict[str, Any], report: dict[str, Any]) -> dict[str, A
     by_modality = details.get("multimodal_tokens") or {}
     return {
         **details,
-        "multimodal_tokens": {**by_modality, "image": _in_prompt(report)},
+        "multimodal_tokens": {**by_modality, **_in_prompt(report)},
         **_figures(report),
     }
 
@@ -357,7 +363,7 @@ def _with_visual(details: dict[str, Any], report: dict[str, Any]) -> dict[str, A
 def _figures(report: dict[str, Any]) -> dict[str, Any]:
     """What of a report stands in the usage, too: gateways and clients drop other fields."""
     return {
-        "image_tokens": _in_prompt(report),
+        **{f"{modality}_tokens": count for modality, count in _in_prompt(report).items()},
         "reduction_method": report["method"],
         **{
             name: report[name]
@@ -366,12 +372,13 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _in_prompt(report: dict[str, Any]) -> int:
-    """Visual tokens among those of the prompt: what enters the decoder."""
-    return sum(
-        image.get("visual_tokens_by_stage", [image["visual_tokens_kept"]])[0]
-        for image in report["images"]
-    )
+def _in_prompt(report: dict[str, Any]) -> dict[str, int]:
+    """Visual tokens among those of the prompt, by modality: what enters the decoder."""
+    tokens = Counter[str]()
+    for modality, item in reported(report):
+        by_stage = item.get("visual_tokens_by_stage", [item["visual_tokens_kept"]])
+        tokens[modality] += by_stage[0]
+    return dict(tokens)
 
 
 async def _with_report(

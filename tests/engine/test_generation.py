@@ -16,7 +16,11 @@ from vllm_ficoco.settings import DEFAULT_METHOD
 
 pytestmark = pytest.mark.engine
 
-REDUCING = [n for n, m in METHODS.items() if n not in ("none", "resize") and not m.decoder]
+REDUCING = [
+    name
+    for name, method in METHODS.items()
+    if name not in ("none", "resize") and not method.decoder and not method.for_videos_alone
+]
 
 OPTIONS = [
     ("score", {"alpha": 0.0}),

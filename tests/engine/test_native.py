@@ -12,26 +12,29 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from tests.checkpoints import NATIVE, random_qwen
-from tests.engine.conftest import Ask, Engine, make_engine, picture
+from tests.engine.conftest import Ask, Engine, make_engine
 from tests.engine.test_decoder_stages import STAGED, STAGES, VISION, wish
 from tests.engine.test_decoder_stages import expected as staged
 from tests.engine.test_stage_variants import interpreted
 from tests.reference.decoder import CHOOSE
 from tests.reference.llava import one_thread
-from tests.reference.qwen import Answer, ReferenceQwen
+from tests.reference.qwen import Answer, Film, ReferenceQwen
+from tests.videos import filmed, gif
 from vllm_ficoco.engine.positions import Offsets
 from vllm_ficoco.methods import METHODS
-from vllm_ficoco.vision.geometry import FAMILIES
+from vllm_ficoco.vision.geometry import FAMILIES, geometry_of
 
 pytestmark = pytest.mark.engine
 
@@ -39,12 +42,15 @@ NEW_TOKENS = 12
 REDUCING = [
     name
     for name, method in METHODS.items()
-    if name != "none" and not method.decoder and method.needs <= FAMILIES["qwen2_5_vl"]
+    if name != "none"
+    and not method.decoder
+    and not method.for_videos_alone
+    and method.needs <= FAMILIES["qwen2_5_vl"]
 ]
 ROOMY = {
     "max_logprobs": -1,
     "logprobs_mode": "raw_logits",
-    "limit_mm_per_prompt": {"image": 3, "video": 1},
+    "limit_mm_per_prompt": {"image": 3, "video": 2},
 }
 IN_STEPS_OF_24 = {**ROOMY, "max_num_batched_tokens": 24, "max_num_seqs": 12}
 
@@ -60,6 +66,24 @@ SIZES = {
 }
 """Width and height of images. Windows of Qwen2.5-VL's tower do not fill the odd ones."""
 
+FILMS = {
+    "short": (4, (112, 84), 2.0),
+    "long": (16, (56, 56), 3.0),
+    "odd": (7, (140, 84), 2.0),
+    "wide": (6, (224, 56), 5.0),
+}
+"""Frames, their width and height, and how many a second. Of two the tower makes one. The time of
+the long one goes beyond its sides, and in Qwen2.5-VL in steps that are no whole numbers."""
+
+
+@cache
+def film(name: str) -> Film:
+    """A file, decoded as vLLM does it."""
+    frames, size, fps = FILMS[name]
+    file = gif(filmed(frames, size, seed=[*FILMS].index(name), event=frames // 2), fps)
+    loader = VideoMediaIO(ImageMediaIO(), num_frames=-1, video_backend="opencv")
+    return Film(*loader.load_bytes(file).media)
+
 
 @dataclass(frozen=True)
 class Shown(Ask):
@@ -67,8 +91,8 @@ class Shown(Ask):
 
     options: dict[str, Any] = field(default_factory=dict)
     """Of the processor."""
-    frames: int = 0
-    """Of a video before the images; none if 0."""
+    films: Sequence[tuple[str, dict[str, Any] | None]] = ()
+    """Videos before the images, and their settings."""
     ends: bool = False
     """With the last image's last token."""
     before: int = 0
@@ -77,17 +101,10 @@ class Shown(Ask):
     @property
     def prompt(self) -> str:
         shown = ["<|vision_start|> <|image_pad|> <|vision_end|>"] * len(self.images)
-        if self.frames:
-            shown.insert(0, "<|vision_start|> <|video_pad|> <|vision_end|>")
+        shown = ["<|vision_start|> <|video_pad|> <|vision_end|>"] * len(self.films) + shown
         words = ["star"] * self.before
         whole = " ".join(["USER:", *words, *shown, self.question, "ASSISTANT:"])
         return whole[: whole.rindex(" <|vision_end|>")] if self.ends else whole
-
-    @property
-    def video(self) -> np.ndarray | None:
-        if not self.frames:
-            return None
-        return np.stack([np.asarray(picture(50 + i, (112, 84))) for i in range(self.frames)])
 
     @property
     def for_vllm(self) -> dict[str, Any]:
@@ -97,16 +114,12 @@ class Shown(Ask):
                 **request.get("mm_processor_kwargs", {}),
                 **self.options,
             }
-        if (video := self.video) is not None:
-            seen = {
-                "fps": 2.0,
-                "duration": self.frames / 2,
-                "total_num_frames": self.frames,
-                "frames_indices": list(range(self.frames)),
-                "video_backend": "opencv",
-                "do_sample_frames": False,
-            }
-            request.setdefault("multi_modal_data", {})["video"] = (video, seen)
+        if self.films:
+            videos = [(film(name).frames, film(name).metadata) for name, _ in self.films]
+            request.setdefault("multi_modal_data", {})["video"] = videos
+            both = {"image": [*self.settings], "video": [given for _, given in self.films]}
+            if any(one for each in both.values() for one in each):
+                request.setdefault("mm_processor_kwargs", {})["reduction"] = both
         return request
 
 
@@ -144,9 +157,43 @@ def of_every_shape() -> list[Shown]:
         show(("huge", to(30, "topk")), options={"max_pixels": 40_000}),
         show(("tiny", to(6, "uniform")), options={"min_pixels": 20_000}),
         show(("square", None), ("tall", to(9, "resize")), options={"max_pixels": 30_000}),
-        show(("odd", to(6, "topk")), ("tall", to(9, "ficoco-v")), frames=4),
-        show(("odd", None), frames=4),
+        show(("odd", to(6, "topk")), ("tall", to(9, "ficoco-v")), films=[("short", None)]),
+        show(("odd", None), films=[("short", None)]),
     ]
+
+
+def of_videos() -> list[Shown]:
+    """Whole, at the edges of what can be asked for, frames of which nothing stays, beside images
+    and one another, nothing behind one."""
+    return [
+        *(show(films=[(name, None)]) for name in FILMS),
+        *(show(films=[(name, to(7, "topk"))], before=28) for name in FILMS),  # astride of blocks
+        show(films=[("short", to(1, "uniform"))]),
+        show(films=[("long", to(3, "pooling"))]),
+        show(films=[("odd", to(59, "ficoco-v"))]),
+        show(films=[("wide", to(1000, "topk"))]),
+        show(("odd", to(6, "topk")), ("tall", None), films=[("long", to(20, "score"))]),
+        show(("odd", None), films=[("short", to(5, "random")), ("odd", to(30, "visionzip"))]),
+        show(("square", to(9, "resize")), films=[("short", to(5, "uniform")), ("short", None)]),
+        show(films=[("odd", to(20, "cdpruner"))], question="how many ?"),
+        show(films=[("odd", to(20, "cdpruner"))], question="what is the star ?"),
+    ]
+
+
+def of_every_method_on_videos(reference: ReferenceQwen) -> list[Shown]:
+    able, names = geometry_of(reference.model.config).methods(video=True), [*FILMS]
+    methods = [name for name in able if name != "none" and not METHODS[name].decoder]
+    asks = []
+    for i, method in enumerate(methods):
+        alone = METHODS[method].for_videos_alone  # some keep a whole frame at least
+        asks.append(
+            show(films=[("odd" if alone else names[i % 4], to(9 + i + 20 * alone, method))])
+        )
+    if "vidcom2" in able:  # frames can share by what is in them
+        for name in FILMS:
+            asks.append(show(films=[(name, to(14, "vidcom2")), ("odd", to(25, "dycoke"))]))
+            asks.append(show(films=[(name, to(13, "topk", frames="unique"))], before=20))
+    return asks
 
 
 def of_every_method() -> list[Shown]:
@@ -179,7 +226,7 @@ def expected(reference: ReferenceQwen, ask: Ask) -> Answer:
             ask.settings,
             ask.sampling["max_tokens"],
             ask.options,
-            ask.video,
+            [(film(name), given) for name, given in ask.films],
         )
 
 
@@ -202,23 +249,28 @@ def check(engine: Engine, reference: ReferenceQwen, asks: Sequence[Shown], times
             far = float((logits - truth.first_logits).abs().max())
             assert far < 1e-3, f"{far} apart: {ask}"
             assert list(output.outputs[0].token_ids) == truth.tokens, ask
-            places = everything[number].get("mm_placeholders", {}).get("image", [])
+            placed = everything[number].get("mm_placeholders", {})
+            places = [*placed.get("video", []), *placed.get("image", [])]
+            settings = [*(given for _, given in ask.films), *ask.settings]
             inside += any(
                 given and place.offset < output.num_cached_tokens < place.offset + place.length
-                for place, given in zip(places, ask.settings, strict=True)
+                for place, given in zip(places, settings, strict=True)
             )
     return inside
 
 
 def check_counts(reference: ReferenceQwen, truth: Answer, rendered: dict[str, Any]) -> None:
     """What the processor says of the images, and that the prompt has room for just that."""
-    prompt, image = rendered["prompt_token_ids"], reference.model.config.image_token_id
+    prompt, config = rendered["prompt_token_ids"], reference.model.config
     assert len(prompt) == truth.length
-    places = rendered["mm_placeholders"].get("image", []) if truth.kept else []
-    assert [place.length for place in places] == [len(kept) for kept in truth.kept]
-    for place in places:
-        assert prompt[place.offset : place.offset + place.length] == [image] * place.length
-    assert prompt.count(image) == sum(place.length for place in places)
+    due = {"image": truth.kept, "video": truth.of_films}
+    for kind, token in ("image", config.image_token_id), ("video", config.video_token_id):
+        places = rendered["mm_placeholders"].get(kind, []) if due[kind] else []
+        assert [place.get_num_embeds() for place in places] == [len(kept) for kept in due[kind]]
+        for place in places:
+            own = prompt[place.offset : place.offset + place.length]
+            assert own.count(token) == place.get_num_embeds()
+        assert prompt.count(token) == sum(place.get_num_embeds() for place in places)
     if truth.kept:
         assert [packed.layout.grid for packed in rendered["visual_tokens"]] == truth.grids
 
@@ -248,7 +300,8 @@ def served(
 
 def test_every_shape_and_method(served: Served) -> None:
     """In steps of 24 tokens, and again from the prefix cache."""
-    asks = of_every_shape() + of_every_method()
+    asks = of_every_shape() + of_every_method() + of_videos()
+    asks += of_every_method_on_videos(served.reference)
     if served.family == "qwen3-vl-moe":  # but for its experts, as Qwen3-VL
         asks = asks[::4]
     if served.engine.interpreted:  # in Triton's interpreter, see below
@@ -295,19 +348,26 @@ def test_unreduced_is_bit_identical_to_vllm(
     if served.engine.interpreted:
         pytest.skip("takes long in Triton's interpreter")
     asks = [show((size, None)) for size in SIZES]
-    asks += [show(("tiny", None), ("odd", to(1000, "topk"))), show(("odd", None), frames=4), show()]
+    asks += [show(("tiny", None), ("odd", to(1000, "topk"))), show()]
+    asks += [show(("odd", None), films=[(name, None)]) for name in FILMS]
+    asks += [show(films=[("long", to(1000, "topk"))])]
+    check_as_stock(served.engine, asks, monkeypatch)
+
+
+def check_as_stock(engine: Engine, asks: Sequence[Shown], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine says what it says with vLLM's own methods, to the bit."""
 
     def run() -> list[Any]:
-        forget(served.engine)
+        forget(engine)
         return [
             [
                 {word: entry.logprob for word, entry in step.items()}
                 for step in output.outputs[0].logprobs
             ]
-            for output in served.engine.generate(asks)
+            for output in engine.generate(asks)
         ]
 
-    ours, kind = run(), type(served.engine.model)
+    ours, kind = run(), type(engine.model)
     stock = kind.__bases__[-1]
     assert stock.__module__.startswith("vllm.model_executor.models.")
     names = ("embed_multimodal", "embed_input_ids", "forward", "get_mrope_input_positions")
@@ -356,14 +416,28 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))  # compile, do not load
     options = {"enforce_eager": False, "max_num_batched_tokens": 24, "max_num_seqs": 12}
     with made(tmp_path, "qwen3-vl", **options) as (engine, reference):
-        check(engine, reference, (of_every_shape() + of_every_method())[::3], times=2)
+        asks = of_every_shape() + of_every_method() + of_videos()
+        check(engine, reference, asks[::3], times=2)
+
+
+def test_where_vllm_prunes_videos_all_is_as_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a request that asks for a reduction is refused."""
+    with made(tmp_path, "qwen2.5-vl", video_pruning_rate=0.5) as (engine, _):
+        asks = [show(), show(("wide", None)), show(("odd", None), films=[("short", None)])]
+        check_as_stock(engine, [*asks, show(films=[("odd", None)])], monkeypatch)
+        for ask in show(films=[("odd", to(9, "topk"))]), show(("odd", to(9, "topk"))):
+            with pytest.raises(VLLMValidationError, match="--video-pruning-rate"):
+                engine.generate([ask])
 
 
 def test_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The heads of tower and decoder are shared, and so is the evidence."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # one NUMA node serves both ranks
     with made(tmp_path, "qwen2.5-vl", tensor_parallel_size=2) as (engine, reference):
-        check(engine, reference, of_every_shape()[::3] + of_every_method())
+        asks = of_every_shape()[::3] + of_every_method() + of_videos()[::2]
+        check(engine, reference, asks + of_every_method_on_videos(reference)[::2])
 
 
 @pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
@@ -382,7 +456,10 @@ def test_in_the_decoder(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         "block_size": 16,
     }
     with contextmanager(make_engine)(checkpoint, **options) as engine:
-        check_staged(engine, ReferenceQwen(str(checkpoint)), in_the_decoder(), stages)
+        reference = ReferenceQwen(str(checkpoint))
+        flat = geometry_of(reference.model.config).videos == "reduced"
+        asks = in_the_decoder() + (videos_in_the_decoder() if flat else [])
+        check_staged(engine, reference, asks, stages)
 
 
 def in_the_decoder() -> list[Shown]:
@@ -406,12 +483,38 @@ def in_the_decoder() -> list[Shown]:
     ]
 
 
+def videos_in_the_decoder() -> list[Shown]:
+    """Where no text stands between frames: every method, beside images and one another."""
+    asks = [
+        show(("square", wish("k-norm", 25, 12, 5)), films=[("short", None)]),
+        show(films=[("odd", to(14, "vidcom2")), ("wide", wish("fastv", 25, 12, 5))]),
+        show(films=[("odd", wish("ficoco-vl", 50, 40, 25, 8))]),
+        show(films=[("wide", wish("vitcop", 40, 30, 9)), ("odd", wish("tops", 45, 30, 6))]),
+        show(films=[("odd", wish("mustdrop", 50, 40, 20, 8))]),
+        show(("wide", to(20, "ficoco-v")), films=[("odd", wish("dart", 20, 10, 3))]),
+    ]
+    for i, method in enumerate(m for m in CHOOSE if m not in VISION):
+        asks.append(show(films=[(["odd", "wide"][i % 2], wish(method, 28, 14, 4))]))
+    return asks
+
+
+def items_of(ask: Shown) -> Any:
+    """The request as if its videos were images."""
+    films = [(film(name), given) for name, given in ask.films]
+    return SimpleNamespace(
+        pictures=[*(one for one, _ in films), *ask.pictures],
+        settings=[*(given for _, given in films), *ask.settings],
+        **{name: getattr(ask, name) for name in ("prompt", "behind", "sampling")},
+    )
+
+
 def check_staged(
     engine: Engine, reference: ReferenceQwen, asks: Sequence[Shown], stages: Sequence[int]
 ) -> None:
     """All in one batch: tokens, first logits, and every block back."""
     with one_thread():
-        truths = [staged(cast("Any", reference), ask, engine.block, stages) for ask in asks]
+        of = cast("Any", reference)
+        truths = [staged(of, items_of(ask), engine.block, stages) for ask in asks]
     assert sum(truth.held[-1] < truth.held[0] for truth in truths) > len(asks) * 2 // 3
     free = engine.free_blocks
     for ask, truth, output in zip(asks, truths, engine.generate(asks), strict=True):
@@ -453,7 +556,8 @@ def test_under_pressure(tmp_path: Path) -> None:
     }
     with made(tmp_path, "qwen2.5-vl", **limits) as (engine, reference):
         preempted = engine.watch_preemptions()
-        check(engine, reference, (of_every_shape() + of_every_method())[::2], times=2)
+        asks = of_every_shape() + of_every_method() + of_videos()
+        check(engine, reference, asks[::2], times=2)
         assert sum(preempted) > 0, "the pool was not small enough to test anything"
         preempted.clear()
         soak(engine, SOAK)

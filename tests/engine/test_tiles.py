@@ -30,7 +30,11 @@ from vllm_ficoco.settings import Reduction
 
 pytestmark = pytest.mark.engine
 
-REDUCING = [n for n, m in METHODS.items() if n not in ("none", "resize") and not m.decoder]
+REDUCING = [
+    name
+    for name, method in METHODS.items()
+    if name not in ("none", "resize") and not method.decoder and not method.for_videos_alone
+]
 FIRST_LOGITS = {"logprobs": -1}
 IMAGE = 4
 """Its token."""

@@ -53,7 +53,6 @@ def check_positions(config: VllmConfig) -> None:
         "micro-batches (DBO)": parallel.use_ubatching,
         "encoder connectors": config.ec_transfer_config,
         "speculative decoding": config.speculative_config,
-        "--video-pruning-rate": multimodal.is_multimodal_pruning_enabled(),
         "CUDA graphs of the encoder (cudagraph_mm_encoder)": compilation.cudagraph_mm_encoder,
         "a compiled encoder (compile_mm_encoder)": compilation.compile_mm_encoder,
         "a data-parallel encoder (--mm-encoder-tp-mode data)": (

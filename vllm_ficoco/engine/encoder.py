@@ -47,15 +47,17 @@ class TowerBudget(EncoderCacheManager):
         return cls(cache_size, 0 if geometry.by_image else geometry.tokens)
 
     def encoded(self, feature: MultiModalFeatureSpec) -> int:
-        """Visual tokens that the tower makes for an image, as far as a step can.
+        """Visual tokens that the tower makes for an image or a video, as far as a step can.
 
-        One that comes as embeddings passes by the tower; a video is counted as in vLLM.
+        What comes as embeddings passes by the tower; a video without a layout, in a model whose
+        videos stay whole, is counted as in vLLM.
         """
         held = feature.mm_position.get_num_embeds()
-        if feature.modality != "image" or "image_embeds" in (feature.data or ()):
+        if f"{feature.modality}_embeds" in (feature.data or ()):
             return held
         layout = packed_of(feature.data).layout
-        tokens = layout.encoded if layout is not None else self.tokens
+        of_image = self.tokens if feature.modality == "image" else held
+        tokens = layout.encoded if layout is not None else of_image
         # vLLM lets a step encode as much as the cache holds: an image of more tiles runs alone.
         return max(held, min(tokens, self.cache_size))
 

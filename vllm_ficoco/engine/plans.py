@@ -21,7 +21,7 @@ def plan_of(
     """What every stage keeps of a request's images; None where the decoder reduces none of them.
 
     Args:
-        features: its images, with their settings.
+        features: its images and videos, with their settings.
         prompt: tokens of its prompt.
         geometry: of the checkpoint, with the stages.
         block_size: tokens of a KV cache block, the same in all stages from 1 on.
@@ -33,8 +33,8 @@ def plan_of(
         runs.append(Run(place.offset, place.offset + place.length))
         keep.append(
             geometry.held(reduction, layout=layout)[1:]
-            if reduction is not None
-            else [place.length] * len(geometry.starts)
+            if reduction is not None and reduction.spec.decoder is not None
+            else [place.length] * len(geometry.starts)  # text between a video's frames included
         )
         settings.append(reduction)
     parts = [r.spec.decoder for r in settings if r is not None and r.spec.decoder is not None]

@@ -3,10 +3,11 @@
 
 Qwen-VL's positions have three rows: time, row and column. An image's tokens get those of their
 places from its first position on, and text behind it goes on from the larger side of its grid,
-however many of them stay. vLLM makes the positions of a prompt before its images go through the
-tower, so which tokens stay is not known yet: it gives all that stay the image's first position, and
-what is behind the image its right one (:func:`shortened`). Rows and columns come with the tokens
-out of the tower, and are added before the model runs (:class:`Offsets`).
+however many of them stay; a video's likewise, with its time. vLLM makes the positions of a prompt
+before its images go through the tower, so which tokens stay is not known yet: it gives all that
+stay the image's first position, and what is behind the image its right one (:func:`shortened`).
+Time, rows and columns come with the tokens out of the tower, and are added before the model runs
+(:class:`Offsets`).
 
 vLLM's own way for pruned videos (``SupportsMultiModalPruning``) sends positions as columns of the
 embeddings, whose type cannot hold whole numbers above 256 (bfloat16), and is on for a whole server.
@@ -57,22 +58,63 @@ def enlarge_table(layers: Sequence[nn.Module], text_config: Any) -> None:
             )
 
 
+def turns_of(frames: int, vision_config: Any, seconds: float | None) -> list[int]:
+    """The first row of the positions of every frame of a video, from its first place on.
+
+    Args:
+        frames: how many.
+        vision_config: says how many positions a second has, in Qwen2.5-VL.
+        seconds: of a frame, there; None where each frame has one position.
+    """
+    each = (1.0 if seconds is None else seconds) * getattr(vision_config, "tokens_per_second", 1.0)
+    return [int(frame * each) for frame in range(frames)]  # as vLLM, which cuts off
+
+
+Marks = tuple[int, int, int]
+"""Tokens of Qwen3-VL: what begins a frame, a visual token of it, what ends it."""
+
+
+def _visual(
+    own: Sequence[int], modality: str, frames: int, marks: Marks | None
+) -> list[tuple[int, int]]:
+    """Where an item's visual tokens stand in its placeholder: runs of first and count.
+
+    Args:
+        own: the placeholder's tokens.
+        modality: of the item.
+        frames: of a video.
+        marks: where every frame of a video is a run of its own.
+    """
+    if marks is None or modality != "video":
+        return [(0, len(own))]
+    runs, at = [], 0
+    start, _, end = marks
+    for _ in range(frames):
+        first = own.index(start, at) + 1
+        at = own.index(end, first)
+        runs.append((first, at - first))
+    return runs
+
+
 def shortened(
     of_whole: Positions,
     input_tokens: list[int],
     mm_features: list[MultiModalFeatureSpec],
     merge_size: int,
+    marks: Marks | None = None,
 ) -> tuple[Tensor, int]:
     """The positions of a prompt whose images have fewer tokens than their grids have places.
 
-    They are vLLM's of the unreduced prompt, cut. All tokens of a reduced image get the position of
-    its first place.
+    They are vLLM's of the unreduced prompt, cut. All tokens of a reduced image or video get the
+    position of its first place; where text stands between the frames of a video, those of a frame
+    get that of the frame's.
 
     Args:
         of_whole: vLLM's own way to make positions.
         input_tokens: of the prompt.
         mm_features: its images and videos.
         merge_size: patches of a side of what the tower merges into a token.
+        marks: of models with text between frames.
 
     Returns:
         (3, tokens), and what to add to a number of tokens for the position behind them.
@@ -83,15 +125,21 @@ def shortened(
         place = feature.mm_position
         whole_tokens += input_tokens[at : place.offset]
         start, at = len(whole_tokens), place.offset + place.length
-        length = place.length
-        if feature.modality == "image":
-            assert feature.data is not None
-            grid: Any = feature.data["image_grid_thw"].data
-            length = int(grid.prod()) // merge_size**2
-            if length != place.length:
-                cuts.append((start, place.length, length))
         own = input_tokens[place.offset : at]
-        whole_tokens += own if length == place.length else own[:1] * length
+        assert feature.data is not None
+        grid: Any = feature.data[f"{feature.modality}_grid_thw"].data
+        runs = _visual(own, feature.modality, int(grid[0]), marks)
+        each = int(grid.prod()) // merge_size**2 // len(runs)
+        done = 0
+        for first, kept in runs:
+            whole_tokens += own[done:first]
+            done = first + kept
+            if kept != each:
+                cuts.append((len(whole_tokens), kept, each))
+            token = own[first] if marks is None or kept else marks[1]
+            whole_tokens += own[first:done] if kept == each else [token] * each
+        whole_tokens += own[done:]
+        length = len(whole_tokens) - start
         whole_features.append(
             replace(feature, mm_position=replace(place, offset=start, length=length))
         )
@@ -170,8 +218,7 @@ class Offsets:
         if not self._offsets:
             return
         rows = on_device(self._rows, positions.device)
-        offsets = torch.cat(self._offsets).T.to(positions.dtype)
-        positions[1:].index_add_(1, rows, offsets)
+        positions.index_add_(1, rows, torch.cat(self._offsets).T.to(positions.dtype))
         self._rows, self._offsets = [], []
 
 

@@ -18,7 +18,7 @@ from vllm_ficoco.vision.layout import Raster
 
 
 class Leaving(NamedTuple):
-    """How an image's tokens are to leave inside the decoder."""
+    """How an image's or a video's tokens are to leave inside the decoder."""
 
     reduction: Reduction
     places: Tensor
@@ -35,7 +35,7 @@ class VisualTokens(torch.Tensor):
     leaving: Leaving | None
     """Of the whole image, whichever of its tokens these are; None where none leaves."""
     offsets: Tensor | None
-    """(n, 2) int64 of these tokens: rows and columns from the image's first place, for positions of
+    """(n, 3) int64 of these tokens: time, row and column from the first place on, for positions of
     three rows (:mod:`vllm_ficoco.engine.positions`); None where vLLM's positions are right."""
 
     @classmethod

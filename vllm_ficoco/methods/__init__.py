@@ -8,8 +8,10 @@ from vllm_ficoco.methods.apet import APET
 from vllm_ficoco.methods.cdpruner import CDPRUNER
 from vllm_ficoco.methods.dart import DART
 from vllm_ficoco.methods.dpp import DPP
+from vllm_ficoco.methods.dycoke import DYCOKE
 from vllm_ficoco.methods.evit import EVIT
 from vllm_ficoco.methods.fastv import FASTV
+from vllm_ficoco.methods.fastvid import FASTVID
 from vllm_ficoco.methods.ficoco_k import FICOCO_K
 from vllm_ficoco.methods.ficoco_l import FICOCO_L
 from vllm_ficoco.methods.ficoco_v import FICOCO_V
@@ -36,7 +38,9 @@ from vllm_ficoco.methods.tome import TOME
 from vllm_ficoco.methods.topk import TOPK
 from vllm_ficoco.methods.tops import TOPS
 from vllm_ficoco.methods.uniform import UNIFORM
+from vllm_ficoco.methods.uniform_frames import UNIFORM_FRAMES
 from vllm_ficoco.methods.v_norm import V_NORM
+from vllm_ficoco.methods.vidcom2 import VIDCOM2
 from vllm_ficoco.methods.visionzip import VISIONZIP
 from vllm_ficoco.methods.vitcop import VITCOP
 
@@ -63,6 +67,10 @@ METHODS: dict[str, Method] = {
         UNIFORM,
         RANDOM,
         RESIZE,
+        VIDCOM2,
+        DYCOKE,
+        FASTVID,
+        UNIFORM_FRAMES,
         FICOCO_L,
         FICOCO_VL,
         FASTV,

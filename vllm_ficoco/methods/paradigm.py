@@ -32,15 +32,17 @@ AttentionKind = Literal["probabilities", "logits"]
 
 Found = TypeVar("Found")
 
-Need = Literal["scaling", "layers", "attention"]
+Need = Literal["scaling", "layers", "attention", "frames"]
 """What a method can ask of a model: ``scaling`` of an image to fewer tokens by its processor;
 ``layers`` of the vision tower between which tokens can leave; ``attention``: queries and keys of
-the tower's last layer. The tokens themselves, their grid and the pixels are always there."""
+the tower's last layer; ``frames``, which an image has in no model. The tokens themselves, their
+grid and the pixels are always there."""
 
 NEEDS: dict[Need, str] = {
     "scaling": "to scale an image down to fewer tokens before the tower",
     "layers": "layers of the vision tower between which tokens can leave",
     "attention": "queries and keys of the vision tower's last layer",
+    "frames": "the frames of a video",
 }
 """In the words of a refusal."""
 
@@ -62,6 +64,12 @@ class VisionOptions(Options):
     )
     """Of an image in tiles (LLaVA-NeXT, LLaVA-OneVision), whether the newline tokens behind its
     rows stay, within the budget; ``none``: they leave before any patch does."""
+    frames: Annotated[
+        Literal["even", "unique"], Field(exclude_if=lambda value: value == "even")
+    ] = "even"
+    """Of a video, how its frames share the budget: equally, or those that are least like the whole
+    video get up to three times as much as those that are most like it
+    (:func:`vllm_ficoco.schedule.by_rank`)."""
 
 
 @dataclass(frozen=True)
@@ -197,8 +205,8 @@ class Evidence(Remembering):
     """Tokens (..., D) as the language model will get them, (..., C)."""
     _known: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
-    def of_images(self, which: slice) -> Evidence:
-        """That of some of the images."""
+    def of_images(self, which: slice | Tensor) -> Evidence:
+        """That of some of the images, a run of them or by number."""
         return replace(
             self,
             query=self.query[which],
@@ -537,6 +545,23 @@ class Across:
 
 
 @dataclass(frozen=True)
+class AcrossFrames:
+    """How a method chooses among all frames of a video, on the tower's output."""
+
+    shares: Callable[[int, int, int, Any], list[int]]
+    """(patches that stay, frames, patches of one, options) -> how many stay of every frame. Raises
+    ValueError with what would be allowed, for a number that cannot be reached."""
+    choose: Callable[[Any, Any, Sequence[int], Any], Tensor]
+    """(tokens (B, F, n, D), evidence over B * F frames, those shares, options) -> (B, patches that
+    stay) places, ascending, in ``F * n``."""
+    compress: Callable[[Any, Any, Tensor, Any], Tensor] | None = None
+    """(the same tokens and evidence, those places, options) -> (B, patches that stay, D) what they
+    become; None: they stay as they are."""
+    by_content: bool = False
+    """Which frame keeps how much is seen on the device, and of the shares only the sum holds."""
+
+
+@dataclass(frozen=True)
 class Method:
     """One way to reduce: a place, a schedule, the three steps; and what it does in the decoder."""
 
@@ -575,6 +600,21 @@ class Method:
     decoder: DecoderPart | None = None
     across: Across | None = None
     """How it compares the parts of an image in tiles; None: each part is reduced by itself."""
+    across_frames: AcrossFrames | None = None
+    """How it compares the frames of a video; such a method is for videos alone. None: each frame is
+    reduced by itself."""
+
+    @property
+    def for_videos_alone(self) -> bool:
+        """Whether it has nothing to say of an image."""
+        return "frames" in self.needs
+
+    def on_frames(self, options: Any) -> str:
+        """How much every frame of a video keeps: ``fixed`` by counts, or by what is ``seen`` on the
+        device."""
+        if self.across_frames is not None:
+            return "seen" if self.across_frames.by_content else "fixed"
+        return "seen" if getattr(options, "frames", "even") == "unique" else "fixed"
 
     @property
     def places(self) -> list[str]:
@@ -588,7 +628,8 @@ class Method:
         """Whether a CUDA graph of the tower can hold what it does: nothing but work on the device,
         the same for every image, that ends in tokens. A question comes from the host, and a part in
         the decoder wants to know which tokens they are."""
-        return self.places in (["tower"], ["output"]) and not self.asks_question
+        on_device = self.places in (["tower"], ["output"]) and not self.asks_question
+        return on_device and not self.for_videos_alone
 
     def reduce(self, tokens: Tokens, evidence: Evidence, keep: int, options: Any) -> Tokens:
         """One stage of the vision part, see :func:`reduce`.
@@ -789,8 +830,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def on_device(values: list[int], device: torch.device) -> Tensor:
-    """Numbers of the host on a device, without waiting for it."""
-    on_host = torch.tensor(values)
+    """Numbers of the host on a device as int64, without waiting for it."""
+    on_host = torch.tensor(values, dtype=torch.int64)
     if device.type == "cpu":
         return on_host
     return on_host.pin_memory().to(device, non_blocking=True)

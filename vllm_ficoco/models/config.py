@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 
 from vllm_ficoco.vision.geometry import (
     GRAPHS_KEY,
+    PRUNED_KEY,
     Geometry,
     UnsupportedModel,
     geometry_of,
@@ -31,6 +32,9 @@ class ReducingConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         geometry: Geometry | None = None
+        multimodal = vllm_config.model_config.multimodal_config
+        if multimodal is not None and multimodal.is_multimodal_pruning_enabled():
+            setattr(vllm_config.model_config.hf_config, PRUNED_KEY, True)
         try:
             geometry = geometry_of(vllm_config.model_config.hf_config)
         except UnsupportedModel:

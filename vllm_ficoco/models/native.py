@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that take images at their own resolution, with positions of three rows (Qwen-VL)."""
+"""Models that take images and videos at their own resolution: positions of three rows (Qwen-VL)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -20,15 +20,30 @@ from vllm.model_executor.models.qwen2_vl import Qwen2VLProcessingInfo
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.multimodal.parse import ImageSize
 from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.multimodal.processing.processor import PromptUpdateDetails
 from vllm.sequence import IntermediateTensors
 
 from vllm_ficoco.engine.checks import check_positions
-from vllm_ficoco.engine.positions import Offsets, PlacedState, enlarge_table, shortened, table_size
+from vllm_ficoco.engine.positions import (
+    Offsets,
+    PlacedState,
+    enlarge_table,
+    shortened,
+    table_size,
+    turns_of,
+)
 from vllm_ficoco.engine.visual import VisualTokens
+from vllm_ficoco.methods.paradigm import on_device
 from vllm_ficoco.models.config import ENCODER_TOKENS_KEY
-from vllm_ficoco.models.processing import COUNTS_KEY, ReducingProcessor, RefusedPositions
+from vllm_ficoco.models.processing import (
+    COUNTS_KEY,
+    COUNTS_KEYS,
+    CountedDetails,
+    ReducingProcessor,
+    RefusedPositions,
+)
 from vllm_ficoco.models.reducing import ReducingModel
-from vllm_ficoco.packed import PACKED_FIELD, Packed, unpack
+from vllm_ficoco.packed import PACKED_FIELDS, Packed, unpack
 from vllm_ficoco.vision.geometry import Geometry
 from vllm_ficoco.vision.layout import Layout
 from vllm_ficoco.vision.native import Kind, NativeTower
@@ -105,46 +120,89 @@ class NativeProcessor(ReducingProcessor):
         Raises:
             VLLMValidationError: the tower cannot take them in.
         """
+        self._check_patches("image", processed["pixel_values"])
+
+    def _check_patches(self, kind: str, pixels: Any) -> None:
         values = self.patch_values
-        pixels: Any = processed["pixel_values"]
         if not isinstance(pixels, Tensor) or pixels.shape[-1] != values:
             had = getattr(pixels, "shape", (0,))[-1]
             raise VLLMValidationError(
-                f"Patches of the image have {had} values as {type(pixels).__name__}, and the model "
-                f"takes in {values} as Tensor: leave out what changes that.",
+                f"Patches of the {kind} have {had} values as {type(pixels).__name__}, and the "
+                f"model takes in {values} as Tensor: leave out what changes that.",
                 parameter="mm_processor_kwargs",
             )
+
+    def video_layouts(self, processed: BatchFeature) -> list[Layout]:
+        """Of their grids of patches: what the tower makes of two frames is one here."""
+        self._check_patches("video", processed["pixel_values_videos"])
+        side = self.merge_size
+        return [
+            Layout((rows // side, columns // side), frames=frames)
+            for frames, rows, columns in torch.as_tensor(processed["video_grid_thw"]).tolist()
+        ]
+
+    def placeholders(
+        self, whole: PromptUpdateDetails, packed: Packed, fields: Mapping[str, Any]
+    ) -> CountedDetails:
+        """As its base's; and how many positions the item takes."""
+        details = super().placeholders(whole, packed, fields)
+        assert packed.layout is not None
+        details.span = self.span_of(packed.layout, fields)
+        return details
+
+    def span_of(self, layout: Layout, fields: Mapping[str, Any]) -> int:
+        """Positions that an item takes: as many as the largest of its three sides."""
+        if not layout.is_video:
+            return max(layout.grid)
+        if self.geometry.videos == "by_frame":
+            return layout.frames * max(layout.grid)
+        vision, seconds = self.info.get_hf_config().vision_config, fields.get("second_per_grid_ts")
+        turns = turns_of(layout.frames, vision, None if seconds is None else float(seconds.data))
+        return max(turns[-1] + 1, *layout.grid)
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """As its base's.
 
         Raises:
-            VLLMValidationError: an image is too large for the tower.
+            VLLMValidationError: an image or a video is too large for the tower.
             RefusedPositions: the prompt's images would take positions that the model has not.
         """
         made = super().apply(inputs, timing_ctx)
-        self._refuse_large(made[COUNTS_KEY])
-        self.refuse_far(made[COUNTS_KEY])
+        for modality, key in COUNTS_KEYS.items():
+            self._refuse_large(modality, made[key])
+        videos = [details for details in inputs.details["video"] if hasattr(details, "span")]
+        self.refuse_far(made[COUNTS_KEY], videos)
         return made
 
-    def _refuse_large(self, images: Sequence[Packed]) -> None:
-        """vLLM does so by what an image holds in the prompt: a budget would get it past that."""
-        for image, packed in enumerate(images):
+    def _refuse_large(self, modality: str, items: Sequence[Packed]) -> None:
+        """vLLM does so by what an item holds in the prompt: a budget would get it past that."""
+        for item, packed in enumerate(items):
             if packed.reduction is None or packed.layout is None:
                 continue
-            # As vLLM reserves: for the largest image, or for a whole step where that is more.
+            # As vLLM reserves: for the largest image or video, or for a whole step where that is
+            # more.
             step = getattr(self.info.get_hf_config(), ENCODER_TOKENS_KEY, 0)
-            most = max(step, self.largest_layout.tokens)
+            largest = self.largest_layout.tokens if modality == "image" else self._largest_item
+            most = max(step, largest)
             if packed.layout.tokens > most:
                 raise VLLMValidationError(
-                    f"Image {image} has {packed.layout.tokens} visual tokens before it is reduced, "
-                    f"and the tower takes in {most} at most, whatever its budget: leave out what "
-                    "enlarges it.",
+                    f"{modality.capitalize()} {item} has {packed.layout.tokens} visual tokens "
+                    f"before it is reduced, and the tower takes in {most} at most, whatever its "
+                    "budget: leave out what enlarges it.",
                     parameter="mm_processor_kwargs",
                 )
 
-    def refuse_far(self, images: Sequence[Packed]) -> None:
-        """An image takes as many positions as the larger side of its grid, however little stays.
+    @cached_property
+    def _largest_item(self) -> int:
+        """Visual tokens of the largest image or video, as vLLM counts them."""
+        allowed = [kind for kind, limit in self.info.allowed_mm_limits.items() if limit]
+        length = self.info.ctx.model_config.max_model_len
+        counts = self.info.get_mm_max_tokens_per_item(length, dict.fromkeys(allowed, 1))
+        return max(counts[kind] for kind in allowed)
+
+    def refuse_far(self, images: Sequence[Packed], videos: Sequence[CountedDetails] = ()) -> None:
+        """An image takes as many positions as the larger side of its grid, however little stays,
+        and a video as many as its time, also where all of it stays.
 
         A position behind the end of the rotary table ends the engine, so what may follow the prompt
         is counted with it.
@@ -152,19 +210,20 @@ class NativeProcessor(ReducingProcessor):
         Raises:
             RefusedPositions: the prompt comes too near.
         """
+        spans = [(packed, max(packed.layout.grid)) for packed in images if packed.layout]
+        spans += [(details.packed, details.span) for details in videos]
         beyond = 0
-        for packed in images:
-            if packed.reduction is not None and packed.layout is not None:
-                kept = self.geometry.kept(packed.reduction, layout=packed.layout)
-                beyond += max(0, max(packed.layout.grid) - kept)
+        for packed, span in spans:
+            beyond += max(0, span - self.geometry.kept(packed.reduction, layout=packed.layout))
         model = self.info.ctx.model_config
         table = table_size(model.hf_text_config)
         if beyond and model.max_model_len + beyond > table:
+            what = "images and videos" if videos else "images"
             raise RefusedPositions(
-                f"The images of this prompt take {beyond} positions more than they keep tokens, "
+                f"The {what} of this prompt take {beyond} positions more than they keep tokens, "
                 f"and this model has {max(0, table - model.max_model_len)} to spare ({table}, less "
-                f"{model.max_model_len} of the context): send fewer images, or give long ones a "
-                "larger budget.",
+                f"{model.max_model_len} of the context): send fewer {what}, or give long ones a "
+                f"larger budget{' and videos more frames a second' if videos else ''}.",
                 parameter="visual_token_budget",
             )
 
@@ -214,6 +273,10 @@ def _plain_size_of(info: Qwen2VLProcessingInfo, width: int, height: int) -> Imag
     return _size_of(info, width, height, {})
 
 
+_FIELDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+"""Of images, and of videos: patches, and how many."""
+
+
 class NativeModel(ReducingModel):
     """The mixin for vLLM's models.
 
@@ -234,73 +297,100 @@ class NativeModel(ReducingModel):
         return NativeTower(self.visual, tensor_model_parallel_all_reduce, timer)  # type: ignore[attr-defined]
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
-        """Visual tokens of a batch of images, possibly of several requests.
+        """Visual tokens of a batch of images or of videos, possibly of several requests.
 
         Args:
             **kwargs: the processor's fields: ``pixel_values``, (patches of all images, values),
-                ``image_grid_thw``, (B, 3), and the packed field of every image.
+                ``image_grid_thw``, (B, 3), and the packed field of every image; or those of videos.
 
         Returns:
-            One tensor (kept, D) an image; D is more than the decoder's hidden size with deepstack.
+            One tensor (kept, D) an item; D is more than the decoder's hidden size with deepstack.
         """
-        packed: Any = kwargs.pop(PACKED_FIELD, None)
-        images = [] if packed is None else [unpack(p) for p in packed]
-        if not any(image.reduction for image in images):
+        packed: Any = [kwargs.pop(name, None) for name in PACKED_FIELDS.values()]
+        items = [
+            unpack(p) for of_modality in packed if of_modality is not None for p in of_modality
+        ]
+        if not any(item.reduction for item in items):
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        kinds = [self._kind(image) for image in images]
-        questions = self.embed_questions(images)
+        kinds = [self._kind(item) for item in items]
+        questions = self.embed_questions(items)
         outputs: list[Tensor] = []
-        pixels, grids = kwargs["pixel_values"], kwargs["image_grid_thw"]
+        pixels_of, grid_of = next(names for names in _FIELDS if names[0] in kwargs)  # one modality
+        pixels, grids, seconds = (
+            kwargs.get(name) for name in (pixels_of, grid_of, "second_per_grid_ts")
+        )
         assert isinstance(pixels, Tensor) and isinstance(grids, Tensor)
         patches = grids.prod(-1).tolist()
-        of_images = pixels.split(patches)
-        for first, end in self._runs(images):
+        of_items = pixels.split(patches)
+        for first, end in self._runs(items):
             now = slice(first, end)
             watch = any(kind and kind.reduction.spec.needs for kind in kinds[now])
             with self.reducing_tower.watching(watch):
-                # Slices of fields on the host and the device; a run of images is a run of patches.
+                # Slices of fields on the host and the device; a run of items is a run of patches.
                 start = sum(patches[:first])
                 embeddings = super().embed_multimodal(  # type: ignore[misc]
-                    pixel_values=pixels[start : start + sum(patches[now])],
-                    image_grid_thw=grids[now],
+                    **{
+                        pixels_of: pixels[start : start + sum(patches[now])],
+                        grid_of: grids[now],
+                    }
                 )
                 asked = questions[now] if questions is not None else None
-                reduced = self.reducing_tower.reduce(embeddings, of_images[now], kinds[now], asked)
+                reduced = self.reducing_tower.reduce(embeddings, of_items[now], kinds[now], asked)
             for i, (tokens, place) in enumerate(reduced, first):
-                outputs.append(self._marked(tokens, place, images[i], of_images[i]))
+                second = None if seconds is None else float(seconds[i])
+                outputs.append(self._marked(tokens, place, items[i], of_items[i], second))
         return outputs
 
-    def _kind(self, image: Packed) -> Kind | None:
-        if image.reduction is None or image.layout is None:
+    def _kind(self, item: Packed) -> Kind | None:
+        if item.reduction is None or item.layout is None:
             return None
-        plans = self.geometry.parts(image.reduction, layout=image.layout)
-        return Kind(image.reduction, plans[0]) if plans else None
+        plans = self.geometry.parts(item.reduction, layout=item.layout)
+        return Kind(item.reduction, item.layout, tuple(plans)) if plans else None
 
-    def _runs(self, images: Sequence[Packed]) -> Iterator[tuple[int, int]]:
-        """Images that follow one another, no more tokens at once than the tower may make."""
+    def _runs(self, items: Sequence[Packed]) -> Iterator[tuple[int, int]]:
+        """Items that follow one another, no more tokens at once than the tower may make."""
         first = tokens = 0
-        for i, image in enumerate(images):
-            more = image.layout.encoded if image.layout is not None else 0
+        for i, item in enumerate(items):
+            more = item.layout.encoded if item.layout is not None else 0
             if i > first and tokens + more > self.images_at_once:
                 yield first, i
                 first = i
                 tokens = 0
             tokens += more
-        yield first, len(images)
+        yield first, len(items)
 
     def _marked(
-        self, tokens: Tensor, place: Tensor | None, image: Packed, pixels: Tensor
+        self,
+        tokens: Tensor,
+        place: Tensor | None,
+        item: Packed,
+        pixels: Tensor,
+        seconds: float | None,
     ) -> Tensor:
-        """An image's tokens with what has to go with them into the decoder."""
-        if image.layout is None:
+        """An item's tokens with what has to go with them into the decoder.
+
+        Args:
+            tokens: (kept, D).
+            place: (kept,) their places, frame after frame; None for all.
+            item: its settings and its layout.
+            pixels: (patches, values) of it.
+            seconds: of a frame of a video, in Qwen2.5-VL.
+        """
+        if item.layout is None:
             return tokens
         if place is not None:
-            columns = image.layout.grid[1]
-            offsets = torch.stack([place // columns, place % columns], 1)
+            rows, columns = item.layout.grid
+            frame, within = place // (rows * columns), place % (rows * columns)
+            turn = torch.zeros_like(place)
+            if item.layout.is_video and self.geometry.videos != "by_frame":
+                vision = self.config.vision_config  # type: ignore[attr-defined]
+                turns = turns_of(item.layout.frames, vision, seconds)
+                turn = on_device(turns, place.device)[frame]
+            offsets = torch.stack([turn, within // columns, within % columns], 1)
             tokens = VisualTokens.of(tokens, offsets=offsets)
         if self.staged_decoder is not None:
             tokens = self.staged_decoder.mark(
-                tokens, image.reduction, place, pixels[None], image.layout
+                tokens, item.reduction, place, pixels[None], item.layout
             )
         return tokens
 
@@ -310,11 +400,16 @@ class NativeModel(ReducingModel):
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[Tensor, int]:
         """As vLLM's for the unreduced prompt, cut to what is left of it."""
+        if self.geometry.unsupported:  # what is short, vLLM has pruned
+            return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
+        config: Any = self.config  # type: ignore[attr-defined]
+        marks = config.vision_start_token_id, config.video_token_id, config.vision_end_token_id
         return shortened(
             super().get_mrope_input_positions,  # type: ignore[misc]
             input_tokens,
             mm_features,
-            self.config.vision_config.spatial_merge_size,  # type: ignore[attr-defined]
+            config.vision_config.spatial_merge_size,
+            marks if self.geometry.videos == "by_frame" else None,
         )
 
     def embed_input_ids(

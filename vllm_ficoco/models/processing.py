@@ -2,8 +2,12 @@
 """vLLM's multimodal processing area: settings in, placeholders, hashes and data that follow them.
 
 A family adds :class:`ReducingProcessor` to vLLM's processor and says which layout an image of some
-size has (:mod:`vllm_ficoco.models.llava_next`). How many tokens an image has unreduced is what
-vLLM's own prompt updates say; they are shortened, and must agree with the layout.
+size has (:mod:`vllm_ficoco.models.llava_next`), and a video that was processed. How many tokens
+an image or a video has unreduced is what vLLM's own prompt updates say; they are shortened, and
+must agree with the layout.
+
+What an image comes to is known from its size, before anything is processed; which frames a video
+is cut down to, its processor decides.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from PIL import Image
@@ -26,39 +30,51 @@ from vllm.multimodal.parse import (
     ImageProcessorItems,
     ImageSize,
     MultiModalDataItems,
+    VideoEmbeddingItems,
 )
 from vllm.multimodal.processing import PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from vllm_ficoco.models.question import questions
-from vllm_ficoco.packed import PACKED_FIELD, Packed, pack
+from vllm_ficoco.packed import PACKED_FIELDS, Packed, pack, packed_of
 from vllm_ficoco.settings import (
     BUDGET_KEY,
+    MODALITIES,
+    NO_REDUCTION,
     REDUCTION_KEY,
     AutoBudget,
     Lowered,
     OfLadder,
     Reduction,
     SettingsError,
-    per_image,
+    per_item,
 )
 from vllm_ficoco.vision.complexity import UnknownPixels, asks_for
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
 from vllm_ficoco.vision.layout import Layout
 
-COUNTS_KEY = "visual_tokens"
-"""In the engine input that the processor makes: a list of :class:`Packed`, one an image."""
+COUNTS_KEYS = {"image": "visual_tokens", "video": "visual_tokens_of_videos"}
+"""In the engine input that the processor makes, by modality: a list of :class:`Packed`, one an
+item."""
+COUNTS_KEY = COUNTS_KEYS["image"]
 LOWERED_KEY = "lowered_visual_tokens"
 """There, too: which images hold less than they would if nothing had been lowered; empty, if nothing
 was to be."""
 
 QUESTIONS_KEY = "reduction_questions"
-"""Among processor options, where :meth:`ReducingProcessor.apply` puts the question of every image
-whose method asks for it; no request can."""
+"""Among processor options, where :meth:`ReducingProcessor.apply` puts the question of every item
+whose method asks for it, by modality; no request can."""
+_WHERE_KEY = "reduction_where"
+"""There, too, by modality: of items that are processed, which ones of the prompt they are, and
+where their settings stood."""
+_NOT_FOR_REQUESTS = (QUESTIONS_KEY, _WHERE_KEY)
 
-_EMBEDDINGS = (ImageEmbeddingItems, DictEmbeddingItems)
-"""Images that come as embeddings."""
+_EMBEDDINGS = (ImageEmbeddingItems, VideoEmbeddingItems, DictEmbeddingItems)
+"""Items that come as embeddings."""
+
+Asked = Mapping[str, list[Reduction | None]]
+"""By modality, the settings of every item."""
 
 _KEPT = "-kept"
 """Before the number of its visual tokens in the hash of a reduced image."""
@@ -80,7 +96,8 @@ def tokens_by_hash(mm_hash: str, geometry: Geometry) -> int:
 
 def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
     """What the Hugging Face processor may see."""
-    return {k: v for k, v in kwargs.items() if k not in (BUDGET_KEY, REDUCTION_KEY, QUESTIONS_KEY)}
+    ours = (BUDGET_KEY, REDUCTION_KEY, *_NOT_FOR_REQUESTS)
+    return {k: v for k, v in kwargs.items() if k not in ours}
 
 
 _geometries: dict[int, tuple[weakref.ref[Any], Geometry]] = {}
@@ -108,12 +125,14 @@ def _key(kwargs: Mapping[str, object]) -> str:
     return BUDGET_KEY if kwargs.get(REDUCTION_KEY) is None else REDUCTION_KEY
 
 
-def _within(kwargs: Mapping[str, object], image: int) -> str:
-    """Where an image's settings stand, for messages."""
+def _within(kwargs: Mapping[str, object], modality: str, item: int) -> str:
+    """Where an item's settings stand, for messages."""
     key = _key(kwargs)
     value = kwargs.get(key)
+    if isinstance(value, Mapping) and modality in value:
+        key, value = f"{key}.{modality}", value[modality]
     listed = isinstance(value, Sequence) and not isinstance(value, str)
-    return f"{key}[{image}]" if listed else key
+    return f"{key}[{item}]" if listed else key
 
 
 class ScaledImages(ImageProcessorItems):
@@ -145,16 +164,19 @@ class ScaledImages(ImageProcessorItems):
 
 
 class RefusedImage(VLLMValidationError):
-    """Settings that one image, by its size, cannot follow; vLLM answers with a 400."""
+    """Settings that one image or video, by its size, cannot follow; vLLM answers with a 400."""
 
-    def __init__(self, image: int, error: SettingsError, within: str) -> None:
+    def __init__(
+        self, image: int, error: SettingsError, within: str, modality: str = "image"
+    ) -> None:
         """
         Args:
-            image: which one of the prompt.
-            error: its field relative to the image's settings: ``budget``, ``method``, ...
+            image: which one of the prompt's images, or videos.
+            error: its field relative to the item's settings: ``budget``, ``method``, ...
             within: where those were given.
+            modality: ``image`` or ``video``.
         """
-        self.image, self.error = image, error
+        self.image, self.error, self.modality = image, error, modality
         field = f"{within}.{error.field}" if within.startswith(REDUCTION_KEY) else within
         full = SettingsError(field, error.value, error.allowed)
         super().__init__(str(full), parameter=field)
@@ -165,10 +187,12 @@ class RefusedPositions(VLLMValidationError):
 
 
 class CountedDetails(PromptUpdateDetails):
-    """An image's placeholders, and what was settled for it. vLLM keeps these objects beside its
-    processor cache, so that an image that is found there has them, too."""
+    """An item's placeholders, and what was settled for it. vLLM keeps these objects beside its
+    processor cache, so that an item that is found there has them, too."""
 
     packed: Packed
+    span: int
+    """Positions that it takes, in models whose positions have three rows."""
 
 
 class ReducingProcessor:
@@ -198,6 +222,14 @@ class ReducingProcessor:
             kwargs: processor options of the request, where they change how many tokens it has.
         """
         return self.geometry.layout
+
+    def video_layouts(self, processed: BatchFeature) -> Sequence[Layout]:
+        """The layouts of the videos that were processed; of families whose videos can be reduced.
+
+        Raises:
+            VLLMValidationError: the model cannot take one of them in.
+        """
+        raise NotImplementedError
 
     def smaller_sizes(
         self, width: int, height: int, kwargs: Mapping[str, object] | None
@@ -256,24 +288,45 @@ class ReducingProcessor:
         size = self.info.get_image_size_with_most_features()  # type: ignore[attr-defined]
         return self.layout_of(size.width, size.height)
 
-    def _asked(
-        self, kwargs: Mapping[str, object], items: MultiModalDataItems
-    ) -> list[Reduction | None]:
-        """The settings of every image, before its size is looked at.
+    def _asked(self, kwargs: Mapping[str, object], items: MultiModalDataItems) -> Asked:
+        """The settings of every image and video, before its size is looked at.
 
         Raises:
             VLLMValidationError: they cannot be used; vLLM answers with a 400.
         """
         key = _key(kwargs)
+        counts = {modality: items.get_count(modality, strict=False) for modality in MODALITIES}
         try:
-            asked = per_image(kwargs, items.get_count("image", strict=False))
-            if any(asked) and self.geometry.unsupported:
-                raise SettingsError(key, kwargs.get(key), self.geometry.unsupported)
-            if any(asked) and isinstance(items["image"], _EMBEDDINGS):
-                raise SettingsError(key, kwargs.get(key), "left out with image_embeds inputs")
+            asked = per_item(kwargs, counts)
+            for modality, settings in asked.items():
+                if not any(settings):
+                    continue
+                refused = self.geometry.unsupported
+                if not refused and isinstance(items[modality], _EMBEDDINGS):
+                    refused = f"left out with {modality}_embeds inputs"
+                if refused:
+                    raise SettingsError(key, kwargs.get(key), refused)
+                if modality == "video":
+                    self._check_videos(kwargs, settings)
         except SettingsError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from None
         return asked
+
+    def _check_videos(
+        self, kwargs: Mapping[str, object], settings: Sequence[Reduction | None]
+    ) -> None:
+        """Refuses what no video of the model can have, before any is processed.
+
+        Raises:
+            RefusedImage: the first one has.
+        """
+        for video, reduction in enumerate(settings):
+            try:
+                if reduction is not None and reduction.method != NO_REDUCTION:
+                    self.geometry.check_method(reduction, video=True)
+            except SettingsError as error:
+                within = _within(kwargs, "video", video)
+                raise RefusedImage(video, error, within, "video") from None
 
     def _choose(self, inputs: ProcessorInputs) -> None:
         """Put what they come to in place of the budgets of a ladder, before anything is hashed.
@@ -286,7 +339,8 @@ class ReducingProcessor:
             RefusedImage: the settings cannot be followed with any of the budgets.
         """
         kwargs, items = inputs.hf_processor_mm_kwargs, inputs.mm_data_items
-        settings = self._asked(kwargs, items)
+        asked = self._asked(kwargs, items)
+        settings = [*asked["image"]]
         if not any(isinstance(reduction, OfLadder) for reduction in settings):
             return
         images: Any = items["image"]
@@ -304,7 +358,7 @@ class ReducingProcessor:
                     chosen, less = self._first_reached(reduction, images, image, options)
                     inputs.lowered[image] = less
                 except SettingsError as error:
-                    raise RefusedImage(image, error, _within(kwargs, image)) from None
+                    raise RefusedImage(image, error, _within(kwargs, "image", image)) from None
             elif known in self._came_to:
                 chosen = self._came_to[known]
             if uuids[image] is not None and chosen is not reduction:
@@ -313,7 +367,8 @@ class ReducingProcessor:
                 if len(self._came_to) > _REMEMBERED:
                     del self._came_to[next(iter(self._came_to))]
             settings[image] = chosen
-        inputs.hf_processor_mm_kwargs = {**options, _key(kwargs): settings}
+        chosen_for: Any = {**asked, "image": settings} if asked["video"] else settings
+        inputs.hf_processor_mm_kwargs = {**options, _key(kwargs): chosen_for}
 
     def _first_reached(
         self, ladder: OfLadder, images: Any, image: int, options: Mapping[str, object]
@@ -363,24 +418,38 @@ class ReducingProcessor:
 
     def _fitted(
         self, kwargs: Mapping[str, object], items: MultiModalDataItems
-    ) -> tuple[list[Packed], MultiModalDataItems]:
-        """The settings of every image as its size lets them be, its layout, and the images, those
-        scaled down that are to be.
+    ) -> tuple[dict[str, list[Packed]], MultiModalDataItems]:
+        """By modality, the settings of every item as its size lets them be and its layout; and the
+        items, those images scaled down that are to be.
 
         An image that is named by its uuid alone has no size: it keeps the settings that were
-        asked for, and no layout.
+        asked for, and no layout. Nor has a video that is not processed.
 
         Raises:
             VLLMValidationError: as :meth:`_asked`.
             RefusedImage: a budget cannot be reached.
         """
         asked = self._asked(kwargs, items)
+        asking = self._questions(kwargs, asked)
+        images, items = self._fitted_images(kwargs, items, asked["image"], asking["image"])
+        videos = [
+            Packed(reduction, None, question if _asks(reduction) else ())
+            for reduction, question in zip(asked["video"], asking["video"], strict=True)
+        ]
+        return {"image": images, "video": videos}, items
+
+    def _fitted_images(
+        self,
+        kwargs: Mapping[str, object],
+        items: MultiModalDataItems,
+        asked: Sequence[Reduction | None],
+        asking: Sequence[tuple[int, ...]],
+    ) -> tuple[list[Packed], MultiModalDataItems]:
         images: Any = items["image"] if asked else ()
         if isinstance(images, _EMBEDDINGS):
             self.check_embeddings(images)
         if self.geometry.unsupported or isinstance(images, _EMBEDDINGS):
             return [Packed()] * len(asked), items
-        asking = self._questions(kwargs, asked)
         settled: list[Packed] = []
         sizes: list[ImageSize | None] = []
         options = _without_ours(kwargs)
@@ -398,12 +467,43 @@ class ReducingProcessor:
                     self.geometry.kept(reduction, layout=layout)
                     reduction = reduction and reduction.for_tokens(layout.sent)
             except SettingsError as error:
-                raise RefusedImage(image, error, _within(kwargs, image)) from None
+                raise RefusedImage(image, error, _within(kwargs, "image", image)) from None
             settled.append(Packed(reduction, layout, asking[image] if _asks(reduction) else ()))
             sizes.append(size)
         if any(sizes):
             items = MultiModalDataItems({**items, "image": ScaledImages(images, sizes)})
         return settled, items
+
+    def _fitted_videos(
+        self,
+        kwargs: Mapping[str, object],
+        asked: Sequence[Packed],
+        items: MultiModalDataItems,
+        processed: BatchFeature,
+    ) -> list[Packed]:
+        """The settings of every video as its frames let them be, and its layout.
+
+        Raises:
+            RefusedImage: a budget cannot be reached.
+        """
+        if not asked or self.geometry.unsupported or self.geometry.videos == "whole":
+            return []
+        if isinstance(items["video"], _EMBEDDINGS):
+            return []
+        where: Any = kwargs.get(_WHERE_KEY)
+        settled = []
+        for video, layout in enumerate(self.video_layouts(processed)):
+            reduction, _, question = asked[video]
+            try:
+                self.geometry.kept(reduction, layout=layout)
+                reduction = reduction and reduction.for_tokens(layout.sent)
+            except SettingsError as error:
+                number, within = (
+                    where["video"][video] if where else (video, _within(kwargs, "video", video))
+                )
+                raise RefusedImage(number, error, within, "video") from None
+            settled.append(Packed(reduction, layout, question if reduction else ()))
+        return settled
 
     def check_embeddings(self, images: Any) -> None:
         """Whether images that come as embeddings have the rows that vLLM will look for.
@@ -420,101 +520,119 @@ class ReducingProcessor:
                 )
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
-        """An image's hash depends on its own settings, not on those of its neighbours.
+        """An item's hash depends on its own settings, not on those of its neighbours.
 
-        An unreduced image has the hash that vLLM gives it, so its cached data are shared. Settings
+        An unreduced one has the hash that vLLM gives it, so its cached data are shared. Settings
         count as what they come to for the image; but where a layout depends on the image, and it is
         named by its uuid, as they were asked for: by its uuid alone it is found by the same hash.
-        Where the method asks for the question, the hash depends on that as well.
+        So do a video's. Where the method asks for the question, the hash depends on that as well.
         """
         settled, _ = self._fitted(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
         asked = self._asked(inputs.hf_processor_mm_kwargs, inputs.mm_data_items)
-        uuids = (inputs.mm_uuid_items or {}).get("image") or [None] * len(asked)
-        settings = [
-            packed.reduction if uuid is None or not self.geometry.by_image else said
-            for packed, said, uuid in zip(settled, asked, uuids, strict=True)
-        ]
+        uuids = (inputs.mm_uuid_items or {}).get("image") or [None] * len(asked["image"])
+        settings = {
+            **asked,
+            "image": [
+                packed.reduction if uuid is None or not self.geometry.by_image else said
+                for packed, said, uuid in zip(settled["image"], asked["image"], uuids, strict=True)
+            ],
+        }
         ours = inputs.hf_processor_mm_kwargs
         inputs.hf_processor_mm_kwargs = _without_ours(ours)
         try:
             hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
         finally:
             inputs.hf_processor_mm_kwargs = ours
-        if any(settings):
-            asking = self._questions(ours, settings)
-            hashes["image"] = [
-                self._hash(plain, reduction, question) if reduction else plain
-                for plain, reduction, question in zip(
-                    hashes["image"], settings, asking, strict=True
-                )
-            ]
+        asking = self._questions(ours, settings)
+        for modality, reductions in settings.items():
+            if any(reductions):
+                each = zip(hashes[modality], reductions, asking[modality], strict=True)
+                hashes[modality] = [
+                    self._hash(modality, plain, reduction, question) if reduction else plain
+                    for plain, reduction, question in each
+                ]
         return hashes
 
-    def _hash(self, plain: str, reduction: Reduction, question: Sequence[int]) -> str:
+    def _hash(
+        self, modality: str, plain: str, reduction: Reduction, question: Sequence[int]
+    ) -> str:
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm  # type: ignore[attr-defined]
         more = {"question": repr([*question])} if _asks(reduction) else {}
-        made = MultiModalHasher.hash_kwargs(algorithm, image=plain, reduction=reduction.key, **more)
-        if self.geometry.by_image or isinstance(reduction, OfLadder):  # the latter is in no cache
-            return made
+        made = MultiModalHasher.hash_kwargs(
+            algorithm, **{modality: plain}, reduction=reduction.key, **more
+        )
+        if modality == "video" or self.geometry.by_image or isinstance(reduction, OfLadder):
+            return made  # it says nothing of tokens, or is in no cache
         return f"{made}{_KEPT}{self.geometry.kept(reduction)}"
 
     def _get_cache_missing_items(
         self, cache: Any, mm_data_items: MultiModalDataItems, mm_hashes: MultiModalHashes
     ) -> Any:
-        """As vLLM's, which does not say that an image is known by its uuid and its settings.
+        """As vLLM's, which does not say that an item is known by its uuid and its settings.
 
         Raises:
-            VLLMValidationError: an image came as a uuid alone, and is not known.
+            VLLMValidationError: an item came as a uuid alone, and is not known.
         """
-        for image, image_hash in enumerate(mm_hashes.get("image", ())):
-            if mm_data_items["image"][image] is None and not cache.is_cached_item(image_hash):
-                raise VLLMValidationError(
-                    f"Image {image} has a uuid and no data, and is not known: an image is kept by "
-                    "its uuid together with its budget, method and options (and the question, for "
-                    "methods that ask for it), and not for ever. Send its data again.",
-                    parameter="uuid",
-                )
+        for modality in MODALITIES:
+            for item, item_hash in enumerate(mm_hashes.get(modality, ())):
+                if mm_data_items[modality][item] is None and not cache.is_cached_item(item_hash):
+                    a = "an image" if modality == "image" else f"a {modality}"
+                    raise VLLMValidationError(
+                        f"{modality.capitalize()} {item} has a uuid and no data, and is not known: "
+                        f"{a} is kept by its uuid together with its budget, method and options "
+                        "(and the question, for methods that ask for it), and not for ever. Send "
+                        "its data again.",
+                        parameter="uuid",
+                    )
         return super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)  # type: ignore[misc]
 
     def _get_cache_missing_processor_kwargs(
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
     ) -> Mapping[str, object]:
-        """Settings of the images that are not in the processor cache."""
+        """Settings of the items that are not in the processor cache."""
         ours = inputs.hf_processor_mm_kwargs
-        settings = self._asked(ours, inputs.mm_data_items)
+        asked = self._asked(ours, inputs.mm_data_items)
         inputs.hf_processor_mm_kwargs = _without_ours(ours)
         try:
             kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)  # type: ignore[misc]
         finally:
             inputs.hf_processor_mm_kwargs = ours
-        cached = mm_is_cached.get("image", [])
-        asking = self._questions(ours, settings)
-        each = zip(settings, asking, cached, strict=True)
-        missing = [(reduction, question) for reduction, question, hit in each if not hit]
-        if not any(reduction for reduction, _ in missing):
+        asking = self._questions(ours, asked)
+        missing = {
+            modality: [i for i, hit in enumerate(mm_is_cached.get(modality, ())) if not hit]
+            for modality in asked
+        }
+        settings = {m: [asked[m][i] for i in items] for m, items in missing.items()}
+        if not any(reduction for reductions in settings.values() for reduction in reductions):
             return kwargs
         return {
             **kwargs,
-            REDUCTION_KEY: [reduction for reduction, _ in missing],
-            QUESTIONS_KEY: [question for _, question in missing],
+            REDUCTION_KEY: settings,
+            QUESTIONS_KEY: {m: [asking[m][i] for i in items] for m, items in missing.items()},
+            _WHERE_KEY: {
+                m: [(i, _within(ours, m, i)) for i in items] for m, items in missing.items()
+            },
         }
 
     def _apply_hf_processor_main(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
-        """The Hugging Face processor's output and one packed field an image."""
+        """The Hugging Face processor's output and one packed field an item."""
         settled, items = self._fitted(hf_kwargs, mm_items)
         processed = super()._apply_hf_processor_main(items, _without_ours(hf_kwargs))  # type: ignore[misc]
-        if any(packed.layout for packed in settled):
-            self.strip_padding(processed, settled)
-            processed[PACKED_FIELD] = [
+        if any(packed.layout for packed in settled["image"]):
+            self.strip_padding(processed, settled["image"])
+            processed[PACKED_FIELDS["image"]] = [
                 pack(
                     packed.reduction,
                     packed.layout if self.geometry.by_image else None,
                     packed.question,
                 )
-                for packed in settled
+                for packed in settled["image"]
             ]
+        videos = self._fitted_videos(hf_kwargs, settled["video"], items, processed)
+        if videos:
+            processed[PACKED_FIELDS["video"]] = [pack(*packed) for packed in videos]
         return processed
 
     def strip_padding(self, processed: BatchFeature, settled: Sequence[Packed]) -> None:
@@ -525,7 +643,11 @@ class ReducingProcessor:
     ) -> Mapping[str, MultiModalFieldConfig]:
         fields = super()._get_mm_fields_config(hf_inputs, _without_ours(hf_processor_mm_kwargs))  # type: ignore[misc]
         # On the CPU: the model reads the settings to lay out its work, and must not wait for them.
-        return {**fields, PACKED_FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+        ours = {
+            name: MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
+            for modality, name in PACKED_FIELDS.items()
+        }
+        return {**fields, **ours}
 
     # vLLM calls it by keyword.
     def _get_prompt_updates(
@@ -540,68 +662,94 @@ class ReducingProcessor:
             hf_processor_mm_kwargs=_without_ours(hf_processor_mm_kwargs),
             out_mm_kwargs=out_mm_kwargs,
         )
-        if not any(packed.layout for packed in settled):
-            return updates
+
+        def details(update: Any, item: int) -> PromptUpdateDetails:
+            whole, fields = update._resolve_content(item), out_mm_kwargs[update.modality][item]
+            # A video has its layout since it was processed; of an image, the field may have none.
+            packed = settled["image"][item] if update.modality == "image" else packed_of(fields)
+            return self.placeholders(whole, packed, fields)
 
         def counted(update: Any) -> Any:
-            if update.modality != "image":
+            name, items = PACKED_FIELDS.get(update.modality), out_mm_kwargs.get(update.modality, ())
+            if not any(name in item for item in items):
                 return update
-            return replace(
-                update,
-                replacement=lambda image: self._placeholders(
-                    update._resolve_content(image).full, settled[image]
-                ),
-            )
+            return replace(update, replacement=partial(details, update))
 
         return [counted(update) for update in updates]
 
-    def _placeholders(self, whole: list[int], packed: Packed) -> CountedDetails:
-        """As many of vLLM's placeholders of the unreduced image as its settings keep."""
-        assert packed.layout is not None
-        if len(whole) != packed.layout.tokens:
-            if self.geometry.is_native:  # do_resize, or what else the client has said
-                raise VLLMValidationError(
-                    f"An image has {len(whole)} visual tokens, where the model would make "
-                    f"{packed.layout.tokens} of it: leave out what changes that.",
-                    parameter="mm_processor_kwargs",
-                )
-            raise RuntimeError(
-                f"vLLM counts {len(whole)} visual tokens, but {packed.layout} has "
-                f"{packed.layout.tokens}"
-            )
-        kept = self.geometry.kept(packed.reduction, layout=packed.layout)
-        details = CountedDetails(whole[:kept])
+    def placeholders(
+        self, whole: PromptUpdateDetails, packed: Packed, fields: Mapping[str, Any]
+    ) -> CountedDetails:
+        """As many of vLLM's placeholders of an unreduced item as its settings keep.
+
+        Args:
+            whole: vLLM's.
+            packed: the item's settings and its layout.
+            fields: the processor's of the item.
+        """
+        details = self._shortened(whole, packed)
         details.packed = packed
         return details
 
+    def _shortened(self, whole: PromptUpdateDetails, packed: Packed) -> CountedDetails:
+        assert packed.layout is not None
+        self.check_count(len(whole.full), packed.layout)
+        return CountedDetails(
+            whole.full[: self.geometry.kept(packed.reduction, layout=packed.layout)]
+        )
+
+    def check_count(self, whole: int, layout: Layout) -> None:
+        """Whether an item has as many visual tokens unreduced as its layout says.
+
+        Raises:
+            VLLMValidationError: options of the request have changed that.
+        """
+        if whole == layout.tokens:
+            return
+        if self.geometry.is_native:  # do_resize, or what else the client has said
+            an = "A video" if layout.is_video else "An image"
+            raise VLLMValidationError(
+                f"{an} has {whole} visual tokens, where the model would make {layout.tokens} "
+                "of it: leave out what changes that.",
+                parameter="mm_processor_kwargs",
+            )
+        raise RuntimeError(f"vLLM counts {whole} visual tokens, but {layout} has {layout.tokens}")
+
     @staticmethod
     def _questions(
-        kwargs: Mapping[str, object], settings: Sequence[Reduction | None]
-    ) -> Sequence[tuple[int, ...]]:
-        """Of every image with these settings, as :meth:`apply` has put them there."""
+        kwargs: Mapping[str, object], settings: Asked
+    ) -> Mapping[str, Sequence[tuple[int, ...]]]:
+        """Of every item with these settings, as :meth:`apply` has put them there."""
+        none: Any = {modality: [()] * len(each) for modality, each in settings.items()}
         asking: Any = kwargs.get(QUESTIONS_KEY)
-        return [()] * len(settings) if asking is None else asking
+        return none if asking is None else asking
 
     def _with_questions(self, inputs: ProcessorInputs) -> Mapping[str, object]:
-        """Processor options with the question of every image, where a method asks for one.
+        """Processor options with the question of every item, where a method asks for one.
 
         Raises:
             VLLMValidationError: the request has some itself; or as :meth:`_asked`.
         """
         kwargs = inputs.hf_processor_mm_kwargs
-        if QUESTIONS_KEY in kwargs:
-            raise VLLMValidationError(
-                f"{QUESTIONS_KEY} is not for requests to set: leave it out. An image's question "
-                "is read from the prompt.",
-                parameter=QUESTIONS_KEY,
-            )
+        for key in _NOT_FOR_REQUESTS:
+            if key in kwargs:
+                raise VLLMValidationError(
+                    f"{key} is not for requests to set: leave it out. An image's question is read "
+                    "from the prompt.",
+                    parameter=key,
+                )
         asked = self._asked(kwargs, inputs.mm_data_items)
-        if not any(map(_asks, asked)):
+        if not any(_asks(reduction) for settings in asked.values() for reduction in settings):
             return kwargs
-        tokenizer = self.info.get_tokenizer()  # type: ignore[attr-defined]
-        image = self.info.get_hf_config().image_token_id  # type: ignore[attr-defined]
-        found = questions(inputs.prompt, len(asked), image, self._unspoken, tokenizer)
-        return {**kwargs, QUESTIONS_KEY: found}
+        tokenizer, config = self.info.get_tokenizer(), self.info.get_hf_config()  # type: ignore[attr-defined]
+        counts = {
+            getattr(config, f"{modality}_token_id"): len(settings)
+            for modality, settings in asked.items()
+            if settings
+        }
+        found = iter(questions(inputs.prompt, counts, self._unspoken, tokenizer).values())
+        asking = {modality: next(found) if settings else [] for modality, settings in asked.items()}
+        return {**kwargs, QUESTIONS_KEY: asking}
 
     @cached_property
     def _unspoken(self) -> frozenset[int]:
@@ -613,14 +761,14 @@ class ReducingProcessor:
 
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         result = super()._cached_apply_hf_processor(inputs, timing_ctx)  # type: ignore[misc]
-        inputs.visual_tokens = [
-            getattr(updates[0].content, "packed", Packed())
-            for updates in result.prompt_updates.get("image", ())
-        ]
+        inputs.details = {
+            modality: [updates[0].content for updates in result.prompt_updates.get(modality, ())]
+            for modality in MODALITIES
+        }
         return result
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
-        """As vLLM's, and what was settled for every image: the engine does not mind more keys."""
+        """As vLLM's, and what was settled for every item: the engine does not mind more keys."""
         self._choose(inputs)
         ours = inputs.hf_processor_mm_kwargs
         inputs.hf_processor_mm_kwargs = self._with_questions(inputs)
@@ -628,6 +776,7 @@ class ReducingProcessor:
             made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         finally:
             inputs.hf_processor_mm_kwargs = ours
-        made[COUNTS_KEY] = inputs.visual_tokens
+        for modality, key in COUNTS_KEYS.items():
+            made[key] = [getattr(of, "packed", Packed()) for of in inputs.details[modality]]
         made[LOWERED_KEY] = getattr(inputs, "lowered", ())
         return made

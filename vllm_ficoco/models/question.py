@@ -2,10 +2,11 @@
 """The question of an image: the words of a prompt by which a method chooses among its tokens.
 
 It is read from the prompt's token ids, whoever made them: it is the text behind an image, up to the
-next image or the end. Images with nothing but white space between them share what is behind the
-last. Where the image's turn ends with it, what its turn has before it comes first (a text and then
-an image); a turn goes from one end-of-text token to the next. Special tokens are left out, and of
-long texts all but the last :data:`LONGEST` tokens: what was asked last counts.
+next image or the end; a video is like an image here. Images with nothing but white space between
+them share what is behind the last. Where the image's turn ends with it, what its turn has before it
+comes first (a text and then an image); a turn goes from one end-of-text token to the next. Special
+tokens are left out, and of long texts all but the last :data:`LONGEST` tokens: what was asked last
+counts.
 
 A chat template's own words are text like any other: "ASSISTANT:" behind LLaVA's question, the names
 of roles in Qwen's. So are earlier answers behind the image.
@@ -13,7 +14,7 @@ of roles in Qwen's. So are earlier answers behind the image.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -22,15 +23,14 @@ LONGEST = 256
 
 
 def questions(
-    prompt: Sequence[int], images: int, image: int, unspoken: Collection[int], tokenizer: Any
-) -> list[tuple[int, ...]]:
-    """The question of every image of a prompt, as token ids; empty where there is no text.
+    prompt: Sequence[int], counts: Mapping[int, int], unspoken: Collection[int], tokenizer: Any
+) -> dict[int, list[tuple[int, ...]]]:
+    """The question of every image and video, as token ids; empty where a prompt has no text.
 
     Args:
         prompt: one token an image among it.
-        images: how many there are. Those whose token vLLM has yet to find (its text was cut into
-            others) get all of the prompt's text.
-        image: their token.
+        counts: by the token of images, and of videos, how many there are. Those whose token vLLM
+            has yet to find (its text was cut into others) get all of the prompt's text.
         unspoken: tokens that are no text.
         tokenizer: the model's.
     """
@@ -41,7 +41,7 @@ def questions(
     def is_blank(tokens: Sequence[int]) -> bool:
         return not tokenizer.decode(words(tokens)).strip()
 
-    places = [place for place, token in enumerate(prompt) if token == image]
+    places = [place for place, token in enumerate(prompt) if token in counts]
     edges = [-1, *places, len(prompt)]
     between = [prompt[start + 1 : end] for start, end in pairwise(edges)]
     groups: list[range] = []
@@ -49,15 +49,18 @@ def questions(
         together = bool(groups) and is_blank(between[number])
         first = groups.pop().start if together else number
         groups.append(range(first, number + 1))
-    found: list[tuple[int, ...]] = []
+    found: dict[int, list[tuple[int, ...]]] = {token: [] for token in counts}
     for group in groups:
         before, behind = between[group.start], between[group.stop]
         if is_blank(behind[: _index(behind, tokenizer.eos_token_id)]):
             turn = _index(before[::-1], tokenizer.eos_token_id)
             behind = [*before[len(before) - turn :], *behind]
-        found += [tuple(words(behind)[-LONGEST:])] * len(group)
+        for number in group:
+            found[prompt[places[number]]].append(tuple(words(behind)[-LONGEST:]))
     everything = tuple(words(prompt)[-LONGEST:])
-    return [*found, *[everything] * images][:images]
+    return {
+        token: [*found[token], *[everything] * count][:count] for token, count in counts.items()
+    }
 
 
 def _index(tokens: Sequence[int], wanted: int) -> int:

@@ -47,7 +47,8 @@ class ReducingModel:
         self.images_at_once = vllm_config.scheduler_config.max_num_encoder_input_tokens
         try:
             geometry = geometry_of(self.config)  # type: ignore[attr-defined]
-        except UnsupportedModel:
+        except UnsupportedModel as error:
+            self.geometry = Geometry.none(str(error))
             return  # the processor refuses settings, so none can come
         self.images_at_once = geometry.images_at_once(self.images_at_once)
         if geometry.starts:

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vllm_ficoco import schedule
 from vllm_ficoco.methods import METHODS
@@ -22,13 +22,23 @@ STAGES_KEY = "reduction_stages"
 GRAPHS_KEY = "reduction_graphs"
 """Of a model's configuration: see :func:`graphed`."""
 
+PRUNED_KEY = "reduction_left_to_vllm"
+"""Of a model's configuration: vLLM prunes videos itself (``--video-pruning-rate``), and sends
+positions its own way, of images too."""
+
+NO_VIDEOS = "the videos of this model stay whole"
+"""In the words of a refusal."""
+
+_BY_FRAME = "which must be known before it is seen: text stands between its frames"
+
 
 class UnsupportedModel(ValueError):
     """A model whose visual tokens cannot be reduced; the message says why."""
 
 
 class PartPlan(NamedTuple):
-    """What the tower does with one of its inputs: an image, its thumbnail or one of its tiles."""
+    """What the tower does with one of its inputs: an image, its thumbnail, one of its tiles, or a
+    frame of a video."""
 
     part: int
     """Which one of the layout's."""
@@ -58,6 +68,9 @@ class Geometry(NamedTuple):
     """What methods can have of the model."""
     deepstack: int = 0
     """Levels of visual tokens that are added behind the decoder's first layers (Qwen3-VL)."""
+    videos: Literal["whole", "reduced", "by_frame"] = "whole"
+    """Whether videos can be reduced; ``by_frame``: text stands between their frames, so what each
+    of them keeps must be known before it is seen (Qwen3-VL)."""
     unsupported: str = ""
     """Why nothing can be reduced; empty where something can. Nothing else then holds."""
 
@@ -94,34 +107,66 @@ class Geometry(NamedTuple):
         """
         return max(1, encoder_tokens // max(self.tokens, 1))
 
-    def lacks(self, method: Method) -> str:
-        """What the method needs and the model does not offer, in words; empty where nothing."""
-        missing = [words for need, words in NEEDS.items() if need in method.needs - self.offers]
+    def lacks(self, method: Method, video: bool = False) -> str:
+        """What the method needs and the model does not offer of images, or of videos, in words;
+        empty where nothing."""
+        needs = method.needs - self.offers - ({"frames"} if video else set())
+        missing = [words for need, words in NEEDS.items() if need in needs]
         return " and ".join(missing)
 
-    def check_method(self, reduction: Reduction, field: str = "budget") -> None:
-        """Whether this model can reduce by the method, whatever the image.
+    def refuses(self, method: Method, video: bool = False) -> str:
+        """Why the model cannot reduce images, or videos, by the method; empty where it can."""
+        if method.for_videos_alone and not video:
+            return f"{method.name} compares the frames of a video, and this is an image"
+        if missing := self.lacks(method, video):
+            return f"{method.name} needs {missing}, which this model does not offer"
+        if not video:
+            return ""
+        if self.videos == "by_frame" and method.on_frames(method.options()) == "seen":
+            return f"{method.name} shares the budget out by what it sees in the frames, {_BY_FRAME}"
+        if self.videos == "by_frame" and method.decoder is not None:
+            return f"{method.name} reduces inside the decoder, and text stands between the frames"
+        if self.place_of(method, video) in ("tower", "input"):
+            return f"{method.name} reduces in the tower or before it, and videos behind it alone"
+        return ""
+
+    def methods(self, video: bool = False) -> list[str]:
+        """The names of those by which images, or videos, can be reduced, stages provided."""
+        if self.unsupported or (video and self.videos == "whole"):
+            return []
+        return [name for name, method in METHODS.items() if not self.refuses(method, video)]
+
+    def check_method(
+        self, reduction: Reduction, field: str = "budget", video: bool = False
+    ) -> None:
+        """Whether this model can reduce by the method, whatever the image or video.
 
         Args:
             reduction: the settings.
             field: where their budget stood, for messages.
+            video: it is a video.
 
         Raises:
             SettingsError: it lacks something for it, or has too few decoder stages.
         """
-        if missing := self.lacks(reduction.spec):
-            able = [name for name, method in METHODS.items() if not self.lacks(method)]
+        if video and self.videos == "whole":
+            raise SettingsError(field, reduction.budget, "left out for a video: " + NO_VIDEOS)
+        if reason := self.refuses(reduction.spec, video):
+            able = ", ".join(self.methods(video))
             raise SettingsError(
-                _beside(field, "method"),
-                reduction.method,
-                f"one of {', '.join(able)}: {reduction.method} needs {missing}, which this model "
-                "does not offer",
+                _beside(field, "method"), reduction.method, f"one of {able}: {reason}"
+            )
+        unique = reduction.options.get("frames") == "unique"
+        if unique and (not video or self.videos == "by_frame"):
+            why = f"in this model, {_BY_FRAME}" if video else "for an image, which has no frames"
+            raise SettingsError(
+                _beside(field, "options.frames"), "unique", f"left out or 'even' {why}"
             )
         self.decoder_stages(reduction, field)
 
-    def place_of(self, method: Method) -> str:
+    def place_of(self, method: Method, video: bool = False) -> str:
         """Where the method reduces before the decoder, see :attr:`Method.place`."""
-        at_output = method.at_output and "layers" not in self.offers
+        at_output = method.at_output and (video or "layers" not in self.offers)
         return "output" if at_output else method.place
 
     @property
@@ -159,7 +204,7 @@ class Geometry(NamedTuple):
     def held(
         self, reduction: Reduction | None, field: str = "budget", layout: Layout | None = None
     ) -> list[int]:
-        """Visual tokens of an image in every stage of the decoder, those before the first included.
+        """Visual tokens of an image or video in every stage of the decoder, and before the first.
 
         Stages hold whole KV blocks, so it can become some more inside the decoder
         (:func:`vllm_ficoco.engine.gaps.held_of`).
@@ -167,7 +212,7 @@ class Geometry(NamedTuple):
         Args:
             reduction: its settings.
             field: where they stood, for messages.
-            layout: the image's; by default the one that all images have.
+            layout: its own; by default the one that all images have.
 
         Raises:
             SettingsError: the method cannot reach the budget, or not with these stages.
@@ -177,17 +222,18 @@ class Geometry(NamedTuple):
         active = reduction.for_tokens(layout.sent) if reduction else None
         if active is None:
             return [tokens] * count
-        self.check_method(active, field)
+        self.check_method(active, field, layout.is_video)
         part, budget = active.spec.decoder, active.budget or 0
         if part is None:
             return [tokens if layout.original else budget] * count
-        if (option := part.on_one_grid) and layout.is_tiled:
+        if (option := part.on_one_grid) and (layout.is_tiled or layout.is_video):
             value = active.options[option]
             if value != getattr(active.spec.options(), option):
                 raise SettingsError(
                     _beside(field, f"options.{option}"),
                     value,
-                    "left out for an image in tiles, whose tokens lie on no common grid",
+                    f"left out for {'a video' if layout.is_video else 'an image in tiles'}, whose "
+                    "tokens lie on no common grid",
                 )
         stages = self.decoder_stages(active, field)
         least = int(active.spec.place != "nowhere")  # of an image, something enters the decoder
@@ -222,9 +268,11 @@ class Geometry(NamedTuple):
     def parts(
         self, reduction: Reduction, field: str = "budget", layout: Layout | None = None
     ) -> list[PartPlan]:
-        """What stays of every part of an image, and where the rest leaves in the tower.
+        """What stays of every part of an image or video, and where the rest leaves in the tower.
 
-        Empty where everything enters the decoder. A part of which nothing stays is left out.
+        Empty where everything enters the decoder. A part of which nothing stays is left out. Where
+        the device alone sees which frames keep how much (:meth:`Method.on_frames`), frames count by
+        rank, or only their sum holds.
 
         Raises:
             SettingsError: the method cannot reach the budget in this tower, or as :meth:`held`.
@@ -248,8 +296,11 @@ class Geometry(NamedTuple):
                 return False
             return True
 
-        counts = (count for count in range(below + 1, layout.tokens) if can_keep(count))
-        count = next(counts, layout.tokens)
+        counts = range(below + 1, layout.tokens)
+        if layout.is_video:  # can be long, and with more every method can what it can with less
+            count = below + 1 + bisect_left(counts, True, key=can_keep)
+        else:
+            count = next(filter(can_keep, counts), layout.tokens)
         if reduction.budget is None or reduction.spec.decoder is None:
             return count
 
@@ -311,19 +362,22 @@ def _parts(
     into_decoder = geometry.held(active, field, layout)[0]
     if into_decoder >= layout.tokens or active.spec.place == "input":
         return []
-    if active.keeps_newlines and not layout.is_tiled:
+    if active.keeps_newlines and not layout.is_tiled and not layout.closed:
         raise SettingsError(
             _beside(field, "options.newlines"),
             "all",
-            "left out or 'none': images have no newline tokens in this model",
+            f"left out or 'none': {layout.kind}s have no newline tokens in this model",
         )
     try:
         return _plan(geometry, layout, active, into_decoder)
     except ValueError as error:
         allowed, value = str(error), active.budget
-        if layout.is_tiled:  # what a tile needs says little: name what the image needs
+        if layout.is_tiled or layout.is_video:  # not what a part needs: what all of it needs
             smallest = geometry._smallest(active, into_decoder, layout)
-            allowed = f"at least {smallest} for an image of {layout.tokens} visual tokens"
+            article = "a" if layout.is_video else "an"
+            allowed = (
+                f"at least {smallest} for {article} {layout.kind} of {layout.tokens} visual tokens"
+            )
         if active.budget is None:
             field, value = _beside(field, "options.tokens"), active.options["tokens"]
             allowed = f"numbers of which the first is {allowed}"
@@ -331,14 +385,14 @@ def _parts(
 
 
 def _newlines(reduction: Reduction, layout: Layout, count: int) -> int:
-    if reduction.keeps_newlines:
+    if reduction.keeps_newlines or layout.closed:
         return layout.newlines
     return max(0, count - sum(window.tokens for window in layout.parts))
 
 
 @lru_cache(maxsize=4096)
 def _plan(geometry: Geometry, layout: Layout, reduction: Reduction, count: int) -> list[PartPlan]:
-    """The parts of an image of which ``count`` tokens enter the decoder.
+    """The parts of an image or video of which ``count`` tokens enter the decoder.
 
     Raises:
         ValueError: the method cannot do that; says what one part would need.
@@ -352,13 +406,15 @@ def _plan(geometry: Geometry, layout: Layout, reduction: Reduction, count: int) 
         # Which tile keeps how much is seen on the device; here, how much the tiles keep together.
         whole = across.thumbnail(patches, sizes[0], sum(sizes[1:]), reduction.parsed_options())
         shares = [whole, *schedule.largest_remainder(patches - whole, sizes[1:])]
+    elif layout.is_video:
+        shares = _of_frames(reduction, layout, patches)
     else:
         shares = schedule.largest_remainder(patches, sizes)
     plans = []
     for part, (window, keep) in enumerate(zip(windows, shares, strict=True)):
         if keep:
             # Inside the tower padding is like any token: the redundant leave first.
-            place = geometry.place_of(reduction.spec)
+            place = geometry.place_of(reduction.spec, layout.is_video)
             had = geometry.tokens if place == "tower" else window.tokens
             window = windows[0] if place == "tower" else window
             stages = []
@@ -369,6 +425,21 @@ def _plan(geometry: Geometry, layout: Layout, reduction: Reduction, count: int) 
                 stages = reduction.spec.schedule(had, keep, geometry.layers, options)
             plans.append(PartPlan(part, window, keep, tuple(stages)))
     return plans
+
+
+def _of_frames(reduction: Reduction, layout: Layout, patches: int) -> list[int]:
+    """What stays of every frame of a video; where the device alone sees of which how much, by rank.
+
+    Raises:
+        ValueError: the method cannot do that.
+    """
+    frames, each = layout.frames, layout.grid[0] * layout.grid[1]
+    across = reduction.spec.across_frames
+    if across is not None:
+        return across.shares(patches, frames, each, reduction.parsed_options())
+    if reduction.options.get("frames") == "unique":
+        return schedule.by_rank(patches, frames, each)
+    return schedule.evenly(patches, frames)
 
 
 def _beside(field: str, name: str) -> str:
@@ -384,12 +455,23 @@ FAMILIES: dict[str, frozenset[Need]] = {
     "llava": _LAYERS,
     "llava_next": _LAYERS | {"scaling"},
     "llava_onevision": _LAYERS | {"scaling"},
+    "llava_next_video": frozenset({"attention"}),  # videos alone: behind the tower
     "qwen2_vl": _NATIVE,
     "qwen2_5_vl": _NATIVE,
     "qwen3_vl": _NATIVE,
     "qwen3_vl_moe": _NATIVE,
 }
 """``model_type`` of the models that can be reduced, and what each offers to methods."""
+
+VIDEOS: dict[str, Literal["reduced", "by_frame"]] = {
+    "llava_onevision": "reduced",
+    "llava_next_video": "reduced",
+    "qwen2_vl": "reduced",
+    "qwen2_5_vl": "reduced",
+    "qwen3_vl": "by_frame",
+    "qwen3_vl_moe": "by_frame",
+}
+"""Of those whose videos can be, see :attr:`Geometry.videos`."""
 
 
 def geometry_of(config: Any) -> Geometry:
@@ -404,12 +486,18 @@ def geometry_of(config: Any) -> Geometry:
         raise UnsupportedModel(
             f"visual tokens can be reduced for {', '.join(FAMILIES)} models, not for {family!r}"
         )
-    geometry = _native(vision) if "layers" not in offers else _llava(config)
+    if getattr(config, PRUNED_KEY, False):
+        raise UnsupportedModel(
+            "left out on a server with --video-pruning-rate, by which vLLM prunes every video"
+        )
+    geometry = _llava(config) if str(family).startswith("llava") else _native(vision)
     return geometry._replace(
         decoder_layers=config.text_config.num_hidden_layers,
         starts=decoder_stages(config),
-        by_image="scaling" in offers,
+        # Of LLaVA-NeXT-Video there are no images.
+        by_image="scaling" in offers or family == "llava_next_video",
         offers=offers,
+        videos=VIDEOS.get(family or "", "whole"),
     )
 
 
@@ -427,7 +515,8 @@ def _llava(config: Any) -> Geometry:
     """Of a CLIP or SigLIP tower.
 
     Raises:
-        UnsupportedModel: it is another one, or more is taken from it than one layer's output.
+        UnsupportedModel: it is another one, or more is taken from it than one layer's output, or
+            vLLM cannot show its videos.
     """
     vision, chosen = config.vision_config, config.vision_feature_layer
     kind = getattr(vision, "model_type", None)
@@ -444,6 +533,12 @@ def _llava(config: Any) -> Geometry:
             f"{wanted[kind]!r}, not {strategy!r}"
         )
     side = vision.image_size // vision.patch_size
+    if config.model_type == "llava_next_video" and side % config.spatial_pool_stride:
+        raise UnsupportedModel(
+            f"the {side} x {side} patches of a frame do not divide into squares of "
+            f"spatial_pool_stride = {config.spatial_pool_stride}: vLLM counts tokens for those at "
+            "the edges, and makes none"
+        )
     if config.model_type != "llava" and not isinstance(chosen, int):
         raise UnsupportedModel(
             "features of several layers of the tower cannot be reduced (vision_feature_layer = "

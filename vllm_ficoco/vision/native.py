@@ -5,6 +5,9 @@ The tower is vLLM's and runs as it does there, images of all shapes in one seque
 square of patches is merged into one visual token. What methods look at are the queries and keys of
 its last layer in which all patches of an image see each other: a hook takes them before any
 attention kernel is chosen. Works by the names of the tower's parts and imports nothing of vLLM.
+
+A video is there as its frames, one behind another, of which the tower makes one of two. They see
+nothing of each other.
 """
 
 from __future__ import annotations
@@ -20,15 +23,19 @@ from torch import Tensor, nn
 from vllm_ficoco.methods import Evidence, Tokens
 from vllm_ficoco.methods.paradigm import on_device
 from vllm_ficoco.settings import Reduction
+from vllm_ficoco.vision.frames import reduce_frames
 from vllm_ficoco.vision.geometry import PartPlan
+from vllm_ficoco.vision.layout import Layout
 from vllm_ficoco.vision.tower import Timer, no_timer, rows
 
 
 class Kind(NamedTuple):
-    """Images that can be reduced together."""
+    """Images, or videos, that can be reduced together."""
 
     reduction: Reduction
-    plan: PartPlan
+    layout: Layout
+    plans: tuple[PartPlan, ...]
+    """Of the image, or of the video's frames."""
 
 
 class NativeTower:
@@ -77,38 +84,45 @@ class NativeTower:
         kinds: Sequence[Kind | None],
         questions: Tensor | None = None,
     ) -> list[tuple[Tensor, Tensor | None]]:
-        """What is left of images that the tower has just run on.
+        """What is left of images, or videos, that the tower has just run on.
 
         Args:
-            embeddings: of every image (n, D), in raster order.
-            pixels: of every image (patches, values).
+            embeddings: of every one (n, D), frame after frame in raster order.
+            pixels: of every one (patches, values).
             kinds: what is to be done with each; None for one that stays whole.
-            questions: (images, C) of each, where a method asks; see :attr:`Evidence.question`.
+            questions: (items, C) of each, where a method asks; see :attr:`Evidence.question`.
 
         Returns:
-            Of every image (kept, D) and (kept,) places in raster order; None for a whole one.
+            Of every one (kept, D) and (kept,) places in that order; None for a whole one.
         """
         outputs: list[tuple[Tensor, Tensor | None]] = [(e, None) for e in embeddings]
         alike: dict[Kind, list[int]] = {}
-        for image, kind in enumerate(kinds):
+        for item, kind in enumerate(kinds):
             if kind is not None:
-                alike.setdefault(kind, []).append(image)
+                alike.setdefault(kind, []).append(item)
         starts = [0]
         for embedded in embeddings:
             starts.append(starts[-1] + len(embedded) * self.unit)
-        for (reduction, plan), images in alike.items():
-            method, options = reduction.spec, reduction.parsed_options()
-            with self.timer(method.name):
-                tokens = Tokens.of(_together([embeddings[i] for i in images]))
+        for (reduction, layout, plans), items in alike.items():
+            frames, each = layout.inputs, layout.grid[0] * layout.grid[1] * self.unit
+            with self.timer(reduction.method):
+                hidden = _together([embeddings[i] for i in items])
                 evidence = self._evidence(
-                    (plan.window.rows, plan.window.columns),
-                    [starts[i] for i in images],
-                    _together([pixels[i] for i in images]),
-                    rows(questions, images) if questions is not None else None,
+                    layout.grid,
+                    [starts[i] + frame * each for i in items for frame in range(frames)],
+                    _together([pixels[i] for i in items]).unflatten(1, (frames, -1)).flatten(0, 1),
+                    rows(questions, [i for i in items for _ in range(frames)])
+                    if questions is not None
+                    else None,
                 )
-                left = method.reduce(tokens, evidence, plan.keep, options)
-            for image, *kept in zip(images, left.hidden, left.position, strict=True):
-                outputs[image] = (kept[0], kept[1])
+                if layout.is_video:
+                    left = reduce_frames(hidden, evidence, reduction, layout, plans)
+                else:
+                    tokens, options = Tokens.of(hidden), reduction.parsed_options()
+                    kept = reduction.spec.reduce(tokens, evidence, plans[0].keep, options)
+                    left = kept.hidden, kept.position
+            for item, hidden, place in zip(items, *left, strict=True):
+                outputs[item] = (hidden, place)
         return outputs
 
     def _evidence(
@@ -118,7 +132,7 @@ class NativeTower:
         pixels: Tensor,
         questions: Tensor | None,
     ) -> Evidence:
-        """What is to be seen of B images of one grid.
+        """What is to be seen of B images, or frames, of one grid.
 
         Args:
             grid: rows and columns of tokens.
@@ -155,11 +169,14 @@ class NativeTower:
         Args:
             x: (patches, heads, d) of all images, in the tower's order.
             grid: rows and columns of tokens.
-            starts: where the images begin.
+            starts: where the images begin, ascending.
         """
         order = self._order(grid, x.device)
         count = grid[0] * grid[1] * self.unit
-        images = _together([x[start : start + count] for start in starts])
+        if starts[-1] - starts[0] == (len(starts) - 1) * count:  # frames of one video: no copy
+            images = x[starts[0] : starts[-1] + count].unflatten(0, (-1, count))
+        else:
+            images = _together([x[start : start + count] for start in starts])
         if order is not None:
             images = images.unflatten(1, (-1, self.unit))[:, order].flatten(1, 2)
         return images.transpose(1, 2)
