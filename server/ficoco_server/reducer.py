@@ -7,7 +7,7 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -132,8 +132,14 @@ class Reducer:
         # or none where they have several.
         packed = vllm_config.cache_config.effective_attention_block_size is None
         self.parts = schedule.parts(self._spans, self.block_size, packed)
-        self._of_item = lru_cache(maxsize=4096)(self._describe_item)
-        self._of_budget = lru_cache(maxsize=1024, typed=True)(self._settle_alike)
+
+    @cached_property
+    def _of_item(self) -> Any:
+        return lru_cache(maxsize=4096)(self._describe_item)
+
+    @cached_property
+    def _of_budget(self) -> Any:
+        return lru_cache(maxsize=1024, typed=True)(self._settle_alike)
 
     def settle(self, request: ReductionFields, messages: Any) -> list[Reduction | None]:
         """The settings of every image of a request, then of every video: in this order they are
