@@ -251,7 +251,7 @@ def test_onevision_in_the_decoder(tmp_path: Path) -> None:
     ]
     with contextmanager(make_engine)(checkpoint, **options) as engine:
         outputs = check(engine, reference, asks, STAGES, times=2)
-        assert sum(output.num_cached_tokens > 0 for output in outputs) > 5
+        assert sum(output.num_cached_tokens > 0 for output in outputs) > 2
 
 
 # --- LLaVA-NeXT-Video ---------------------------------------------------------------------------
