@@ -408,7 +408,9 @@ def describe(path: Path, config: PretrainedConfig, processor: dict[str, Any]) ->
         more = dict(zip(VISION_TOKENS, count(_FIRST_OF_THEM)))
         template = (path / "chat_template.jinja").read_text()
         shows = "<|vision_start|> <|image_pad|> <|vision_end|>"
-        (path / "chat_template.jinja").write_text(template.replace("<image>", shows))
+        plays = f"{{% elif c['type']=='video' %}}{shows.replace('image', 'video')} {{% else %}}"
+        template = template.replace("<image>", shows).replace("{% else %}{{ c", f"{plays}{{{{ c")
+        (path / "chat_template.jinja").write_text(template)
     if more:
         tokenizer = json.loads((path / "tokenizer.json").read_text())
         image = next(t for t in tokenizer["added_tokens"] if t["content"] == "<image>")
