@@ -3,10 +3,10 @@
 
     python -m loadtest --base-url http://127.0.0.1:8000 --methods score --budgets 144,48,16
 
-Every setting at every concurrency, in turns, with images that no cache has seen and answers of a
-fixed length; /metrics is read meanwhile, and a server that kept another number of visual tokens
-than asked is an error. Each run is a line in ``runs.jsonl`` at once: Ctrl-C leaves what was
-measured, and the same command goes on. Report and pictures are made from all lines.
+Every setting at every concurrency, in turns, with images (or videos: ``--videos 16``) that no cache
+has seen and answers of a fixed length; /metrics is read meanwhile, and a server that kept another
+number of visual tokens than asked is an error. Each run is a line in ``runs.jsonl`` at once: Ctrl-C
+leaves what was measured, and the same command goes on. Report and pictures are made from all lines.
 
 Needs the package's extra ``eval``.
 """
@@ -58,6 +58,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--requests", type=int, default=64, help="of each run")
     add("--output-tokens", type=int, default=32, help="of every answer")
     add("--image-size", type=int, default=336, help="pixels")
+    add("--videos", type=int, default=0, metavar="FRAMES",
+        help="videos of so many frames (and pixels) in place of images")  # fmt: skip
     add("--repeat", type=int, default=3, help="runs of every setting")
     add("--goodput", nargs="*", default=[], metavar="ttft:500", help="ttft, tpot, e2el within ms")
     add("--accuracy", type=Path, help="results.json of benchmarks/accuracy.py, to plot against")
@@ -100,8 +102,9 @@ def mixes(args: argparse.Namespace, visual_tokens: int) -> list[Mix]:
     return [Mix(((setting, 1.0),)) for setting in dict.fromkeys(settings)] + mixed
 
 
-async def about(http: httpx.AsyncClient, side: int) -> dict[str, Any]:
-    """What the server is, and how many visual tokens it makes of images of so many pixels."""
+async def about(http: httpx.AsyncClient, side: int, frames: int = 0) -> dict[str, Any]:
+    """What the server is, and how many visual tokens it makes of images, or videos, of so many
+    pixels."""
     answers = {}
     for name, path in (("reduction", "/v1/reduction"), ("version", "/version")):
         answer = await http.get(path)
@@ -111,10 +114,12 @@ async def about(http: httpx.AsyncClient, side: int) -> dict[str, Any]:
     model = answers["reduction"]["model"]
     if not model["supported"]:
         raise SystemExit(f"the server cannot reduce visual tokens: {model['reason']}")
+    if frames and "video" not in model["modalities"]:
+        raise SystemExit("the server cannot reduce videos")
     fixed = model["layout"] == "fixed"
     return {
         "model": model["id"],
-        "visual_tokens": model["visual_tokens"] if fixed else await tokens_of(http, side),
+        "visual_tokens": model["visual_tokens"] if fixed else await tokens_of(http, side, frames),
         "decoder_stages": model["decoder_stages"],
         "kv_block_size": model["kv_block_size"],
         "in_decoder": [m["name"] for m in answers["reduction"]["methods"] if m["decoder_stages"]],
@@ -124,23 +129,26 @@ async def about(http: httpx.AsyncClient, side: int) -> dict[str, Any]:
     }
 
 
-async def tokens_of(http: httpx.AsyncClient, side: int) -> int:
-    """How many visual tokens an image has, by the report of a request with one."""
-    body = {"messages": messages(Setting("any"), side, [time.time_ns()]), "max_tokens": 1}
+async def tokens_of(http: httpx.AsyncClient, side: int, frames: int) -> int:
+    """How many visual tokens an image or a video has, by the report of a request with one."""
+    said = messages(Setting("any"), side, [time.time_ns()], frames)
+    body = {"messages": said, "max_tokens": 1}
     answer = await http.post("/v1/chat/completions", json=body)
     answer.raise_for_status()
     tokens: int = answer.json()["reduction"]["visual_tokens_before"]
     return tokens
 
 
-async def disconnect(http: httpx.AsyncClient, model: str, mix: Mix, side: int, rate: float) -> None:
+async def disconnect(
+    http: httpx.AsyncClient, model: str, mix: Mix, load: Load, rate: float
+) -> None:
     """Clients that go away after their first token, so many per second, until this is cancelled."""
     lot = random.Random()
 
     async def come_and_go() -> None:
         settings, weights = zip(*mix.parts, strict=True)
         setting = lot.choices(settings, weights)[0]
-        said = messages(setting, side, [lot.randrange(2**32)])
+        said = messages(setting, load.side, [lot.randrange(2**32)], load.frames)
         long = {"max_tokens": 64, "ignore_eos": True}  # it must not end before the client leaves
         body = {"model": model, "messages": said, "stream": True, **long, **setting.body}
         with contextlib.suppress(httpx.TransportError):
@@ -205,7 +213,7 @@ async def measure(
     await watch.idle()
     async with watch.watching():
         gone = (
-            asyncio.create_task(disconnect(http, server["model"], mix, load.side, args.disconnects))
+            asyncio.create_task(disconnect(http, server["model"], mix, load, args.disconnects))
             if args.disconnects
             else None
         )
@@ -251,7 +259,7 @@ async def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "runs.jsonl"
     async with client(args.base_url) as http:
-        server = await about(http, args.image_size)
+        server = await about(http, args.image_size, args.videos)
         if args.model:
             server["model"] = args.model
         conditions = {
@@ -261,6 +269,7 @@ async def run(args: argparse.Namespace) -> None:
             "disconnects": args.disconnects,
             "output_tokens": args.output_tokens,
             "image_size": args.image_size,
+            **({"video_frames": args.videos} if args.videos else {}),
             "requests_a_run": args.requests,
             "goodput": args.goodput,
             "note": args.note,
@@ -272,7 +281,7 @@ async def run(args: argparse.Namespace) -> None:
         there = {(line["round"], line["concurrency"], line["setting"]) for line in lines}
         what = mixes(args, server["visual_tokens"])
         todo = [row for row in plan(args, what) if (row[0], row[1], str(row[2])) not in there]
-        shape = (args.rate, args.burstiness, args.output_tokens, args.image_size)
+        shape = (args.rate, args.burstiness, args.output_tokens, args.image_size, args.videos)
         warm: set[str] = set()
         with tqdm(todo, unit="run") as bar, file.open("a") as out:
             for number, concurrency, mix in bar:

@@ -31,6 +31,8 @@ class Load(NamedTuple):
     """Of every answer; the end-of-text token is ignored."""
     side: int
     """Pixels of an image."""
+    frames: int = 0
+    """Of a video in place of the image."""
 
 
 async def send(
@@ -55,7 +57,7 @@ async def send(
             prompt_len=0,
             expected_output_len=load.output_tokens,
             request_id=f"load-{'-'.join(map(str, seed))}-{number}",
-            chat_messages=messages(setting, load.side, [*seed, number]),
+            chat_messages=messages(setting, load.side, [*seed, number], load.frames),
             request_overrides=setting.body,
         )
         for number, setting in enumerate(settings)

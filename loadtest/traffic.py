@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is sent: images that no cache has seen, and how each is to be reduced."""
+"""What is sent: images or videos that no cache has seen, and how each is to be reduced."""
 
 from __future__ import annotations
 
@@ -108,9 +108,35 @@ def image(side: int | tuple[int, int], seed: int | Sequence[int]) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def messages(setting: Setting, side: int, seed: Sequence[int]) -> list[dict[str, Any]]:
-    """The conversation of a request: an image, unless it has none, and a question."""
+def video(side: int, frames: int, seed: int | Sequence[int]) -> str:
+    """Coloured squares of which two rows change with every frame, as a data URL of a GIF.
+
+    Args:
+        side: pixels of a frame.
+        frames: how many, two a second.
+        seed: of the squares.
+    """
+    lot, count = np.random.default_rng(seed), max(side // 14, 1)
+    squares = lot.integers(0, 256, (count, count), np.uint8)
+    colours, film = lot.integers(0, 256, 768).tolist(), []
+    for _ in range(frames):
+        squares[lot.integers(0, count, 2)] += 1  # equal frames would become one
+        frame = Image.fromarray(squares).resize((side, side), Image.Resampling.NEAREST)
+        frame.putpalette(colours)
+        film.append(frame)
+    file = io.BytesIO()
+    film[0].save(file, "GIF", save_all=True, append_images=film[1:], duration=500, optimize=False)
+    return "data:image/gif;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def messages(
+    setting: Setting, side: int, seed: Sequence[int], frames: int = 0
+) -> list[dict[str, Any]]:
+    """The conversation of a request: an image, or a video of so many frames, unless it has none,
+    and a question."""
     content: list[dict[str, Any]] = [{"type": "text", "text": QUESTION}]
-    if setting.method != TEXT:
+    if setting.method != TEXT and frames:
+        content.insert(0, {"type": "video_url", "video_url": {"url": video(side, frames, seed)}})
+    elif setting.method != TEXT:
         content.insert(0, {"type": "image_url", "image_url": {"url": image(side, seed)}})
     return [{"role": "user", "content": content}]

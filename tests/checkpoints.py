@@ -26,6 +26,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
+    LlavaNextVideoConfig,
     LlavaOnevisionConfig,
     MistralConfig,
     PretrainedConfig,
@@ -50,6 +51,10 @@ STRATEGY = {"clip": "default", "siglip": "full"}
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 """Height and width of LLaVA-NeXT's published grids of tiles, in tiles of 4 x 4 patches."""
+PATCH = 14
+"""Pixels of a side of a patch."""
+VIDEO_TOKEN = 113
+"""``<video>``, behind the shipped model's words."""
 MANY_PINPOINTS = [[rows * 56, columns * 56] for rows in (1, 2, 3, 4) for columns in (1, 2, 3, 4)]
 """As LLaVA-OneVision's, up to 4 x 4 tiles: more than the 9 that are not shrunk."""
 
@@ -102,26 +107,56 @@ def random_llava_next(
     return _with_weights(path, config, seed)
 
 
-def random_llava_onevision(path: Path, seed: int = 0, decoder_layers: int = 3) -> Path:
+def random_llava_onevision(
+    path: Path, seed: int = 0, decoder_layers: int = 3, side: int = 4
+) -> Path:
     """A LLaVA-OneVision whose thumbnail and tiles have 4 x 4 grids: up to 4 x 4 of them.
 
     Args:
         path: folder to make it in.
         seed: of the weights.
         decoder_layers: of the language model.
+        side: of the grids. Of a frame of a video half as many rows and columns are left; published
+            sides are odd.
     """
+    pinpoints = [[pixels * side // 4 for pixels in size] for size in MANY_PINPOINTS]
     config = LlavaOnevisionConfig(
-        vision_config=_tower("siglip", 56, 6),
+        vision_config=_tower("siglip", side * PATCH, 6),
         text_config=_text("qwen2", 114, decoder_layers),
         image_token_index=4,
-        video_token_index=113,
-        image_grid_pinpoints=MANY_PINPOINTS,
+        video_token_index=VIDEO_TOKEN,
+        image_grid_pinpoints=pinpoints,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         vision_aspect_ratio="anyres_max_9",
         tie_word_embeddings=False,
     )
     describe(path, config, onevision_processor(config))
+    return _with_weights(path, config, seed)
+
+
+def random_llava_next_video(
+    path: Path, tower: str = "clip", seed: int = 0, decoder_layers: int = 3
+) -> Path:
+    """A LLaVA-NeXT-Video whose frames have 8 x 8 grids, of which 4 x 4 tokens are left.
+
+    Arguments as :func:`random_llava`'s.
+    """
+    vision = _tower(tower, 56, 7)
+    vision.patch_size = 7  # vLLM divides by image_size // patch_size**2
+    config = LlavaNextVideoConfig(
+        vision_config=vision,
+        text_config=_text("llama", 114, decoder_layers),
+        image_token_index=4,
+        video_token_index=VIDEO_TOKEN,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy=STRATEGY[tower],
+        spatial_pool_mode="average",
+        spatial_pool_stride=2,
+        tie_word_embeddings=False,
+    )
+    describe(path, config, next_video_processor(config))
     return _with_weights(path, config, seed)
 
 
@@ -234,7 +269,7 @@ def _tower(tower: str, image_size: int, layers: int) -> PretrainedConfig:
         num_hidden_layers=layers,
         num_attention_heads=4,
         image_size=image_size,
-        patch_size=14,
+        patch_size=PATCH,
     )
 
 
@@ -255,7 +290,7 @@ def _text(text: str, words: int, layers: int) -> PretrainedConfig:
     )
 
 
-def next_processor(config: LlavaNextConfig) -> dict[str, Any]:
+def next_processor(config: LlavaNextConfig | LlavaNextVideoConfig) -> dict[str, Any]:
     """``processor_config.json`` of a LLaVA-NeXT."""
     side, has_cls = config.vision_config.image_size, config.vision_feature_select_strategy
     return {
@@ -271,6 +306,21 @@ def next_processor(config: LlavaNextConfig) -> dict[str, Any]:
         "num_additional_image_tokens": int(has_cls == "default"),
         "patch_size": config.vision_config.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }
+
+
+def next_video_processor(config: LlavaNextVideoConfig) -> dict[str, Any]:
+    """``processor_config.json`` of a LLaVA-NeXT-Video."""
+    side = config.vision_config.image_size
+    return {
+        **next_processor(config),
+        "processor_class": "LlavaNextVideoProcessor",
+        "video_processor": {
+            "video_processor_type": "LlavaNextVideoVideoProcessor",
+            "size": {"shortest_edge": side},
+            "crop_size": {"height": side, "width": side},
+        },
+        "video_token": "<video>",
     }
 
 
@@ -350,11 +400,17 @@ def describe(path: Path, config: PretrainedConfig, processor: dict[str, Any]) ->
     more = {}
     if video := getattr(config, "video_token_index", None):
         more = {"<video>": video}
+        template = (path / "chat_template.jinja").read_text()
+        shown = "{% elif c['type']=='video' %}<video> {% else %}{{ c['text'] }}"
+        template = template.replace("{% else %}{{ c['text'] }}", shown)
+        (path / "chat_template.jinja").write_text(template)
     if config.model_type.startswith("qwen"):
         more = dict(zip(VISION_TOKENS, count(_FIRST_OF_THEM)))
         template = (path / "chat_template.jinja").read_text()
         shows = "<|vision_start|> <|image_pad|> <|vision_end|>"
-        (path / "chat_template.jinja").write_text(template.replace("<image>", shows))
+        plays = f"{{% elif c['type']=='video' %}}{shows.replace('image', 'video')} {{% else %}}"
+        template = template.replace("<image>", shows).replace("{% else %}{{ c", f"{plays}{{{{ c")
+        (path / "chat_template.jinja").write_text(template)
     if more:
         tokenizer = json.loads((path / "tokenizer.json").read_text())
         image = next(t for t in tokenizer["added_tokens"] if t["content"] == "<image>")
@@ -397,6 +453,7 @@ FAMILIES = {
     "llava": random_llava,
     "llava-next": random_llava_next,
     "llava-onevision": random_llava_onevision,
+    "llava-next-video": random_llava_next_video,
     **{family: partial(random_qwen, family=family) for family in NATIVE},
 }
 

@@ -14,6 +14,9 @@ MODELS = {
     "LlavaNextForConditionalGeneration": (
         "vllm_ficoco.models.llava_next:ReducingLlavaNextForConditionalGeneration"
     ),
+    "LlavaNextVideoForConditionalGeneration": (
+        "vllm_ficoco.models.llava_next_video:ReducingLlavaNextVideoForConditionalGeneration"
+    ),
     "LlavaOnevisionForConditionalGeneration": (
         "vllm_ficoco.models.llava_onevision:ReducingLlavaOnevisionForConditionalGeneration"
     ),

@@ -198,8 +198,9 @@ class Policy(BaseModel):
                     f"{geometry.unsupported}"
                 )
             return
-        if reason := geometry.refuses(METHODS[self.default_method]):
-            able = [name for name in self.methods if not geometry.refuses(METHODS[name])]
+        video = largest is not None and largest.is_video  # a model that takes nothing else
+        if reason := geometry.refuses(METHODS[self.default_method], video):
+            able = [name for name in self.methods if not geometry.refuses(METHODS[name], video)]
             raise PolicyError(
                 f"{self.default_method!r} cannot be the default method "
                 f"({_names('default_method')}): {reason}; of the allowed ones these can: "

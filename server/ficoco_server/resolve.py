@@ -315,6 +315,11 @@ def _admit(policy: Policy, wish: Wish, image: Level, geometry: Geometry) -> Sett
             _within(policy, wish.budget, field, image.modality)
         settings = {"method": wish.method, "budget": wish.budget, "options": wish.options}
         reduction = Reduction.parse(settings)
+    if is_video and not whole and (reason := geometry.refuses(reduction.spec, video=True)):
+        able = ", ".join(geometry.methods(video=True))
+        if able:  # nobody has named the method here
+            allowed = f"in a {REDUCTION_KEY} with one of the methods {able}: {reason}"
+            raise SettingsError(field, wish.budget, allowed)
     if geometry.by_image or is_video:  # what the model lacks for the method, whatever the image
         geometry.check_method(reduction, field, is_video)
     return Settled(reduction, field, modality=image.modality)

@@ -9,6 +9,9 @@ ends the engine, so the three must agree before a request gets there.
 Where an image's tokens depend on its size, its hash says nothing of them. There its fields must
 come along, and the engine gets it under another hash, which no other image can have. What its size
 is, they say themselves: in pixels, or at native resolution (Qwen-VL) as a grid of patches.
+
+A rendered video comes as in vLLM, whole. It too must come along under a hash of its own, so that
+none finds what is left of a reduced one.
 """
 
 from __future__ import annotations
@@ -28,12 +31,13 @@ from ficoco_server.resolve import Level, fit, settled
 from vllm_ficoco.engine.checks import needs_whole_prompt
 from vllm_ficoco.models.processing import RefusedPositions, tokens_by_hash
 from vllm_ficoco.models.question import LONGEST
-from vllm_ficoco.packed import PACKED_FIELD, Packed, unpack
+from vllm_ficoco.packed import PACKED_FIELD, PACKED_FIELDS, Packed, unpack
 from vllm_ficoco.settings import REDUCTION_KEY, Reduction, SettingsError
 from vllm_ficoco.vision.layout import Layout
 
 PIXELS, EMBEDS, HANDLE = "pixel_values", "image_embeds", "signature"
 SIZE, GRID = "image_sizes", "image_grid_thw"
+VIDEO_PIXELS, VIDEO_EMBEDS, VIDEO_GRID = "pixel_values_videos", "video_embeds", "video_grid_thw"
 
 LARGEST_SIDE = 10**6
 """Pixels."""
@@ -98,11 +102,60 @@ def check_features(request: Any, reducer: Reducer) -> None:
             allowed = f"a render's, of an image with {due.tokens} visual tokens"
             raise SettingsError(f"features.mm_hashes.image[{i}]", hashes[i], allowed)
         images.append(due.packed)
+    if geometry.videos != "whole":
+        _check_videos(features, reducer)
     if geometry.is_native:
         try:
             reducer.processor.refuse_far(images)
         except RefusedPositions as refused:
             raise VLLMValidationError(str(refused.args[0]), parameter="features") from None
+
+
+def _check_videos(features: Any, reducer: Reducer) -> None:
+    """Whether every rendered video is there, whole, and has as many tokens as its place.
+
+    Raises:
+        SettingsError: one is not.
+    """
+    name = PACKED_FIELDS["video"]
+    for i, item in enumerate(mm_kwargs_from_features(features).get("video", [])):
+        hashes, field = features.mm_hashes["video"], f"features.kwargs_data.video[{i}]"
+        if item is None:
+            why = "given: a hash does not say how many visual tokens a video has"
+            raise SettingsError(field, None, why)
+        if _packed_in(item, field, name).reduction is not None:
+            raise SettingsError(f"{field}.{name}", "settings", "left out: a video stays whole here")
+        due = Due(_tokens_of_video(item, field, reducer), "what its frames have")
+        place = features.mm_placeholders["video"][i]
+        # Text between frames counts with a place, and says nothing of it in its length.
+        if reducer.geometry.videos == "reduced" and place.length != due.tokens:
+            field = f"features.mm_placeholders.video[{i}].length"
+            raise SettingsError(field, place.length, f"{due.tokens}, {due.why}")
+        hashes[i] = _own_hash(hashes[i], {}, due)
+
+
+def _tokens_of_video(item: Any, field: str, reducer: Reducer) -> int:
+    """Visual tokens that the engine makes of a video.
+
+    Raises:
+        SettingsError: its fields are not those of a video.
+    """
+    if VIDEO_EMBEDS in item and VIDEO_PIXELS not in item:
+        return (*_shape(item, VIDEO_EMBEDS), 0)[0]
+    native = reducer.geometry.is_native  # where patches do not say whose they are
+    try:
+        pixels = item[VIDEO_PIXELS].data
+        fields = {VIDEO_PIXELS: pixels if native else [pixels]}
+        if native:
+            fields[VIDEO_GRID] = item[VIDEO_GRID].data[None]
+        [layout] = reducer.processor.video_layouts(fields)
+        if native and len(pixels) != layout.tokens * reducer.processor.merge_size**2:
+            raise ValueError
+    except (VLLMValidationError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+        allowed = f"{VIDEO_PIXELS}, and what goes with them, as a render has them"
+        raise SettingsError(field, sorted(item), allowed) from None
+    tokens: int = layout.tokens
+    return tokens
 
 
 def _due(item: Any, field: str, reducer: Reducer, by_hash: Due | None, elsewhere: bool) -> Due:
@@ -153,14 +206,14 @@ def _shape(item: Any, name: str) -> tuple[int, ...]:
     return tuple(getattr(item[name].data, "shape", ()))
 
 
-def _packed_in(item: Any, field: str) -> Packed:
-    """The settings and the layout that travel with an image."""
-    packed = item.get(PACKED_FIELD)
+def _packed_in(item: Any, field: str, name: str = PACKED_FIELD) -> Packed:
+    """The settings and the layout that travel with an image or a video."""
+    packed = item.get(name)
     try:
         return unpack(packed.data) if packed is not None else Packed()
     except (ValueError, AttributeError, TypeError, RecursionError):
         allowed = "an item with settings as a render writes them"
-        raise SettingsError(field, PACKED_FIELD, allowed) from None
+        raise SettingsError(field, name, allowed) from None
 
 
 def _check_question(packed: Packed, field: str, reducer: Reducer) -> None:

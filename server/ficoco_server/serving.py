@@ -314,7 +314,9 @@ def _cut_off(request: Any) -> VLLMValidationError | None:
     said = getattr(request, field)
     if said in (None, "disabled"):
         return None
-    return _refused(field, said, "left out, or so large that every image stays in the prompt")
+    return _refused(
+        field, said, "left out, or so large that all images and videos stay in the prompt"
+    )
 
 
 def _refused(field: str, value: object, allowed: str) -> VLLMValidationError:

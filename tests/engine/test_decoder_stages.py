@@ -117,7 +117,8 @@ def expected(
         tokens = options.pop("tokens", None) or BUDGETS.get((method, settings.get("budget")), [])
         in_tower = VISION.get(method, "none") if method in CHOOSE else method
         budget = tokens[0] if method in VISION else settings.get("budget", 0)
-        of_vision = {k: options.pop(k) for k in [*options] if k == "newlines" or not tokens}
+        before = ("newlines", "frames")
+        of_vision = {k: options.pop(k) for k in [*options] if k in before or not tokens}
         visual.append(reference.visual_tokens(image, in_tower, budget, of_vision))
         grid.append(reference.place)
         choose.append(None)

@@ -150,12 +150,8 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The same of a Qwen2.5-VL, whose clients may say how its processor scales their images."""
     folder = tmp_path_factory.mktemp("native")
     model = random_qwen(folder / "model", "qwen2.5-vl")
-    template = (model / "chat_template.jinja").read_text()
-    video = "{% elif c['type']=='video' %}<|vision_start|> <|video_pad|> <|vision_end|> {% else %}"
-    (folder / "template").write_text(template.replace("{% else %}{{ c", f"{video}{{{{ c"))
     flags = [f"--served-model-name={MODEL}", "--enable-scale-out", "--reduction-min-budget=2"]
-    flags += [f"--chat-template={folder / 'template'}", "--dtype=float32"]
-    flags += ["--trust-request-mm-kwargs", "--enable-mm-embeds"]
+    flags += ["--dtype=float32", "--trust-request-mm-kwargs", "--enable-mm-embeds"]
     command = ["ficoco_server.cli", "serve", str(model), *flags]
     with running(command, folder / "log", VLLM_ENABLE_RESPONSES_API_STORE="1") as started:
         yield started

@@ -10,9 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import cv2
 import httpx
-import numpy as np
 import pytest
 import torch
 from vllm.config import ModelConfig
@@ -237,26 +235,6 @@ def test_an_image_by_its_uuid_is_known_for_its_question(native: Server) -> None:
     assert "the question" in refused.json()["error"]["message"]
     assert ask("how many ?", True).status_code == 200
     assert ask("how many ?", False).status_code == 200
-
-
-def test_a_video_beside_an_image(native: Server, tmp_path: Path) -> None:
-    """It stays as it is, wherever it stands; and alone it is nothing to reduce."""
-    file, frames = str(tmp_path / "v.mp4"), np.random.default_rng(0)
-    writer = cv2.VideoWriter(file, cv2.VideoWriter_fourcc(*"mp4v"), 4, (112, 84))
-    for _ in range(6):
-        writer.write(frames.integers(0, 255, (84, 112, 3), dtype=np.uint8))
-    writer.release()
-    data = base64.b64encode(Path(file).read_bytes()).decode()
-    video = {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
-    text, alone = (chat(native, *parts).usage.prompt_tokens for parts in ([], [video]))
-    assert alone > text + 10
-    for parts in ([video, image(1, SQUARE)], [image(1, SQUARE), video]):
-        for _ in range(2):
-            answer = chat(native, *parts, visual_token_budget=5)
-            assert reported(answer) == [("score", 5, 16, 5)]
-            assert answer.usage.prompt_tokens == alone + 2 + 5
-    refused = post(native, CHAT, {"messages": user(video), "visual_token_budget": 5})
-    assert refused.status_code == 400 and "has no images" in refused.text
 
 
 # --- What the client tells the processor --------------------------------------------------------

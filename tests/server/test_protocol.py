@@ -17,6 +17,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import PlaceholderRange
 from vllm.platforms import current_platform
 from vllm.renderers.chat_utils import _KNOWN_CONTENT_PART_FIELDS
 
@@ -38,7 +39,7 @@ from ficoco_server.reducer import Reducer, _refuse_prompt_logprobs
 from ficoco_server.serving import _check_graphs, _check_stages, _with_report
 from vllm_ficoco.cost import Decoder
 from vllm_ficoco.engine.checks import SCHEDULER
-from vllm_ficoco.models.processing import COUNTS_KEY, RefusedImage
+from vllm_ficoco.models.processing import COUNTS_KEY, COUNTS_KEYS, RefusedImage
 from vllm_ficoco.packed import Packed
 from vllm_ficoco.settings import Reduction, SettingsError
 from vllm_ficoco.vision.geometry import Geometry
@@ -104,23 +105,32 @@ def test_vllm_does_not_see_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "images", "embeds"),
+    ("part", "modality", "embeds"),
     [
-        (image(), 1, False),
-        ({"type": "input_image", "image_url": URL}, 1, False),
-        ({"image_url": URL}, 1, False),
-        ({"type": "image_url", "image_url": None, "uuid": "a"}, 1, False),
-        ({"type": "image_embeds", "image_embeds": "AAAA"}, 1, True),
-        ({"image_embeds": None, "uuid": "a"}, 1, True),
-        (TEXT, 0, False),
-        ({"type": "video_url", "video_url": {"url": URL}}, 0, False),
-        ("text", 0, False),
-        (None, 0, False),
+        (image(), "image", False),
+        ({"type": "input_image", "image_url": URL}, "image", False),
+        ({"image_url": URL}, "image", False),
+        ({"type": "image_url", "image_url": None, "uuid": "a"}, "image", False),
+        ({"type": "image_embeds", "image_embeds": "AAAA"}, "image", True),
+        ({"image_embeds": None, "uuid": "a"}, "image", True),
+        ({"type": "video_url", "video_url": {"url": URL}}, "video", False),
+        ({"video_url": URL}, "video", False),
+        ({"type": "video_url", "video_url": None, "uuid": "a"}, "video", False),
+        ({"type": "video_embeds", "video_embeds": "AAAA"}, "video", True),
+        ({"video_embeds": None, "uuid": "a"}, "video", True),
+        ({"type": "video_url", "video_url": URL, "image_url": URL, "uuid": "a"}, "image", False),
+        ({"audio_url": URL, "video_url": URL}, "", False),
+        ({"type": "audio_url", "audio_url": URL}, "", False),
+        (TEXT, "", False),
+        ("text", "", False),
+        (None, "", False),
     ],
 )
-def test_what_is_an_image(part: Any, images: int, embeds: bool) -> None:
+def test_what_is_an_image_or_a_video(part: Any, modality: str, embeds: bool) -> None:
+    """As vLLM sees it, which goes by the type, or by the first key that it finds."""
     asked = take_settings(body(part), "messages")[1]
-    assert [level.embeds for level in asked.images] == [embeds] * images
+    assert [level.embeds for level in asked.images] == [embeds] * (modality == "image")
+    assert [level.embeds for level in asked.videos] == [embeds] * (modality == "video")
 
 
 @pytest.mark.parametrize("messages", [None, "hello", [], [None], [[]], [{"content": 3}], {"a": 1}])
@@ -137,8 +147,12 @@ def test_odd_messages_are_left_to_vllm(messages: Any) -> None:
             "messages[0].content[0].visual_token_budget",
         ),
         (
-            body({"type": "video_url", "video_url": {"url": URL, "reduction": {}}}),
-            "messages[0].content[0].video_url.reduction",
+            body({"type": "audio_url", "audio_url": {"url": URL, "reduction": {}}}),
+            "messages[0].content[0].audio_url.reduction",
+        ),
+        (
+            body({"type": "video_url", "video_url": {}, "image_url": {"reduction": {}}}),
+            "messages[0].content[0].image_url.reduction",
         ),
         (
             body({**image(), "metadata": {"reduction": {}}}),
@@ -186,6 +200,7 @@ def test_a_setting_that_is_misspelt(key: str) -> None:
         (body(image(**{key: 9})), f"{part}.image_url.{key}"),
         (body({**image(), key: 9}), f"{part}.{key}"),
         (body({"type": "input_image", "image_url": URL, key: 9}), f"{part}.{key}"),
+        (body({"type": "video_url", "video_url": {"url": URL, key: 9}}), f"{part}.video_url.{key}"),
     ):
         asked = take_settings(given, "messages")[1]
         wrong = asked.misplaced or stray_setting(given, ChatRequest.model_fields)
@@ -446,7 +461,7 @@ def reducer() -> Reducer:
 def engine_input(*lengths: int, text: int = 10) -> dict[str, Any]:
     return {
         "prompt_token_ids": [0] * (text + sum(lengths)),
-        "mm_placeholders": {"image": [SimpleNamespace(length=length) for length in lengths]},
+        "mm_placeholders": {"image": [PlaceholderRange(10, length) for length in lengths]},
     }
 
 
@@ -496,7 +511,7 @@ def asked(reducer: Reducer, *images: Packed, **fields: Any) -> tuple[Any, dict[s
     start, places = 10, []
     for reduction, layout, _ in images:
         length = reducer.geometry.kept(reduction, layout=layout)
-        places.append(SimpleNamespace(offset=start, length=length))
+        places.append(PlaceholderRange(start, length))
         start += length
     return request, {
         "prompt_token_ids": [0] * (start + 10),
@@ -548,7 +563,7 @@ def test_the_engine_was_given_what_was_settled(tiles: Reducer) -> None:
         tiles.report([uniform], [False], made)
     with pytest.raises(RuntimeError, match="visual tokens were due"):
         tiles.report([topk, None], [False, False], made)
-    made["mm_placeholders"]["image"][0].length = 21
+    made["mm_placeholders"]["image"] = [PlaceholderRange(10, 21)]
     with pytest.raises(RuntimeError, match=r"\[20\] visual tokens were due"):
         tiles.report([topk], [False], made)
 
@@ -584,7 +599,7 @@ def test_what_an_image_cannot_have_names_the_clients_field(tiles: Reducer) -> No
 
 def made_of(tokens: int) -> Any:
     """A place in a prompt."""
-    return SimpleNamespace(offset=200, length=tokens)
+    return PlaceholderRange(200, tokens)
 
 
 @pytest.mark.parametrize(
@@ -599,7 +614,7 @@ def test_one_step_encodes_tiles(tiles: Reducer, layouts: list[Layout | None], en
     request, made = asked(tiles, *(one for one in images if one.layout))
     embeds = [layout is None for layout in layouts]
     if any(embeds):
-        made["mm_placeholders"]["image"].append(SimpleNamespace(offset=100, length=3))
+        made["mm_placeholders"]["image"].append(PlaceholderRange(100, 3))
         made["mm_hashes"]["image"].append("embeds")
         made[COUNTS_KEY].append(Packed())
     tiles.encoder_tokens = enough
@@ -615,8 +630,9 @@ def test_one_step_encodes_tiles(tiles: Reducer, layouts: list[Layout | None], en
     made["mm_hashes"]["image"] = ["the same"] * 2
     tiles.refuse_too_many(request, settings, embeds, made)
     made["mm_hashes"]["video"], made["mm_placeholders"]["video"] = ["moves"], [made_of(enough)]
-    with pytest.raises(VLLMValidationError, match=f"beside {enough} tokens of 1 video"):
-        tiles.refuse_too_many(request, settings, embeds, made)
+    made[COUNTS_KEYS["video"]] = [Packed()]
+    with pytest.raises(VLLMValidationError, match="1 image and 1 video of"):
+        tiles.refuse_too_many(request, [*settings, None], [*embeds, False], made)
 
 
 @pytest.mark.parametrize(

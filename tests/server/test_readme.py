@@ -128,9 +128,10 @@ def test_the_snippet_prints_what_the_readme_shows(served: None) -> None:
 
 SNIPPETS = {
     "tiled": ("llava-next tiny-next", "globalcom2", "(100, 100)"),
-    "native": ("qwen2.5-vl tiny-qwen", "tiny-qwen", "(2240, 28)"),
+    "native": ("qwen2.5-vl tiny-qwen", "(2240, 28)", "(2240, 28)"),
+    "videos": ("qwen2.5-vl tiny-qwen", "ImageDraw", "vidcom2"),
 }
-"""What the command, the code and the output of each hold, by the server that is up already."""
+"""What the command, the code and the output of each hold; the server of each is up already."""
 
 
 @pytest.mark.server
@@ -139,7 +140,7 @@ def test_a_snippet_without_weights_prints_what_the_readme_shows(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """The model is made by the README's command; another one like it is up already."""
-    server: Server = request.getfixturevalue(kind)
+    server: Server = request.getfixturevalue("native" if kind == "videos" else kind)
     command_of, code_of, output_of = SNIPPETS[kind]
     first, second = block("bash", command_of).splitlines()
     *command, name = first.split("#")[0].removeprefix(".venv/bin/python ").split()

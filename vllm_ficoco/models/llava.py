@@ -23,6 +23,7 @@ from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalPro
 
 from vllm_ficoco.models.encoder_graphs import EncoderGraphs
 from vllm_ficoco.models.layered import LayeredModel
+from vllm_ficoco.models.pixels import PlainPixels
 from vllm_ficoco.models.processing import ReducingProcessor
 
 
@@ -33,7 +34,9 @@ class ReducingLlavaProcessor(ReducingProcessor, LlavaMultiModalProcessor):
     def _plain_images(self) -> Any:
         """The image processor, where nobody has set an option of it."""
         set_by_server = self.info.ctx.get_mm_config().mm_processor_kwargs
-        return None if set_by_server else self.info.get_hf_processor().image_processor
+        if set_by_server:
+            return None
+        return PlainPixels(self.info.get_hf_processor().image_processor)
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]

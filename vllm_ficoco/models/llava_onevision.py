@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA-OneVision: as LLaVA-NeXT, with more tiles, which the model shrinks where they are many.
 
-Its images; videos are as in vLLM.
+Of the frames of its videos it makes tokens like any image's, and then fewer, by bilinear
+interpolation: of 27 x 27 patches 14 x 14 tokens. One newline stands behind the last frame.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
+import torch
+from torch import Tensor
 from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionDummyInputsBuilder,
     LlavaOnevisionForConditionalGeneration,
@@ -17,6 +21,7 @@ from vllm.model_executor.models.llava_onevision import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
 
+from vllm_ficoco.models.frames import FramesModel, FramesProcessor, Pooled
 from vllm_ficoco.models.llava_next import TiledModel, TiledProcessor
 
 
@@ -50,7 +55,9 @@ class ReducingLlavaOnevisionInfo(LlavaOnevisionProcessingInfo):
         )
 
 
-class ReducingLlavaOnevisionProcessor(TiledProcessor, LlavaOnevisionMultiModalProcessor):
+class ReducingLlavaOnevisionProcessor(
+    TiledProcessor, FramesProcessor, LlavaOnevisionMultiModalProcessor
+):
     """LLaVA-OneVision's."""
 
 
@@ -60,6 +67,25 @@ class ReducingLlavaOnevisionProcessor(TiledProcessor, LlavaOnevisionMultiModalPr
     dummy_inputs=LlavaOnevisionDummyInputsBuilder,
 )
 class ReducingLlavaOnevisionForConditionalGeneration(
-    TiledModel, LlavaOnevisionForConditionalGeneration
+    FramesModel, TiledModel, LlavaOnevisionForConditionalGeneration
 ):
-    """vLLM's LLaVA-OneVision with a visual token budget per image."""
+    """vLLM's LLaVA-OneVision with a visual token budget per image and video."""
+
+    @property
+    def pooled(self) -> Pooled:
+        """A token is a weighted mean of patches that were projected, and its query and key are such
+        means of theirs: it has no patches of its own that attention could be summed over."""
+
+        def looks(heads: Tensor) -> Tensor:
+            fewer: Tensor = self.apply_pooling(heads.flatten(0, 1))
+            return fewer.unflatten(0, heads.shape[:2])
+
+        return Pooled(lambda hidden: self.apply_pooling(self.multi_modal_projector(hidden)), looks)
+
+    def _process_video_pixels(self, inputs: Any) -> Any:
+        """As vLLM's, which returns videos of different lengths with a dimension too many: its
+        runner stops at that, and with it the engine."""
+        embedded: Any = super()._process_video_pixels(inputs)
+        if isinstance(embedded, torch.Tensor):
+            return embedded
+        return [video.flatten(0, -2) for video in embedded]

@@ -455,6 +455,7 @@ FAMILIES: dict[str, frozenset[Need]] = {
     "llava": _LAYERS,
     "llava_next": _LAYERS | {"scaling"},
     "llava_onevision": _LAYERS | {"scaling"},
+    "llava_next_video": frozenset({"attention"}),  # videos alone: behind the tower
     "qwen2_vl": _NATIVE,
     "qwen2_5_vl": _NATIVE,
     "qwen3_vl": _NATIVE,
@@ -463,6 +464,8 @@ FAMILIES: dict[str, frozenset[Need]] = {
 """``model_type`` of the models that can be reduced, and what each offers to methods."""
 
 VIDEOS: dict[str, Literal["reduced", "by_frame"]] = {
+    "llava_onevision": "reduced",
+    "llava_next_video": "reduced",
     "qwen2_vl": "reduced",
     "qwen2_5_vl": "reduced",
     "qwen3_vl": "by_frame",
@@ -487,11 +490,12 @@ def geometry_of(config: Any) -> Geometry:
         raise UnsupportedModel(
             "left out on a server with --video-pruning-rate, by which vLLM prunes every video"
         )
-    geometry = _native(vision) if "layers" not in offers else _llava(config)
+    geometry = _llava(config) if str(family).startswith("llava") else _native(vision)
     return geometry._replace(
         decoder_layers=config.text_config.num_hidden_layers,
         starts=decoder_stages(config),
-        by_image="scaling" in offers,
+        # Of LLaVA-NeXT-Video there are no images.
+        by_image="scaling" in offers or family == "llava_next_video",
         offers=offers,
         videos=VIDEOS.get(family or "", "whole"),
     )
@@ -511,7 +515,8 @@ def _llava(config: Any) -> Geometry:
     """Of a CLIP or SigLIP tower.
 
     Raises:
-        UnsupportedModel: it is another one, or more is taken from it than one layer's output.
+        UnsupportedModel: it is another one, or more is taken from it than one layer's output, or
+            vLLM cannot show its videos.
     """
     vision, chosen = config.vision_config, config.vision_feature_layer
     kind = getattr(vision, "model_type", None)
@@ -528,6 +533,12 @@ def _llava(config: Any) -> Geometry:
             f"{wanted[kind]!r}, not {strategy!r}"
         )
     side = vision.image_size // vision.patch_size
+    if config.model_type == "llava_next_video" and side % config.spatial_pool_stride:
+        raise UnsupportedModel(
+            f"the {side} x {side} patches of a frame do not divide into squares of "
+            f"spatial_pool_stride = {config.spatial_pool_stride}: vLLM counts tokens for those at "
+            "the edges, and makes none"
+        )
     if config.model_type != "llava" and not isinstance(chosen, int):
         raise UnsupportedModel(
             "features of several layers of the tower cannot be reduced (vision_feature_layer = "

@@ -158,6 +158,34 @@ class ReducingTower:
             (place,) = across.choose(parts, thumbnail, tiles, options)
             return torch.cat(outputs).flatten(0, 1)[place], place
 
+    def frames(
+        self,
+        pixels: Tensor,
+        pooled: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+        at_once: int,
+    ) -> tuple[Tensor, Evidence]:
+        """The tokens of a video's frames, and what its methods may look at.
+
+        Args:
+            pixels: (F, 3, height, width).
+            pooled: of frames' hidden states (f, patches, D), queries and keys (f, H, m, d), tokens
+                (f, n, ...) and what they have of queries and keys, as :class:`Evidence` wants them.
+            at_once: how many frames the tower may run together.
+
+        Returns:
+            (F, n, ...), and the evidence of F frames; of which ``grid`` and ``unit`` say nothing
+            yet.
+        """
+        last, first = self.geometry.layers - 1, int(self.geometry.has_cls)
+        layer, seen = self.vision_model.encoder.layers[last], []
+        for some in pixels.split(at_once):
+            hidden = self._run(self._embed(some), range(last))
+            hidden, *heads = self._attend(layer, hidden, None)
+            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+            seen.append(pooled(hidden[:, first:], *heads))
+        tokens, query, key = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        return tokens, self._evidence(layer, query, key, pixels, Window(0, 0, *self.geometry.grid))
+
     def _embed(self, pixels: Tensor) -> Tensor:
         hidden = self.vision_model.embeddings(pixels)
         if hasattr(self.vision_model, "pre_layrnorm"):
