@@ -324,7 +324,7 @@ class NativeModel(ReducingModel):
         of_items = pixels.split(patches)
         for first, end in self._runs(items):
             now = slice(first, end)
-            watch = any(kind and kind.reduction.spec.needs for kind in kinds[now])
+            watch = any(kind and "attention" in kind.reduction.spec.needs for kind in kinds[now])
             with self.reducing_tower.watching(watch):
                 # Slices of fields on the host and the device; a run of items is a run of patches.
                 start = sum(patches[:first])
