@@ -337,6 +337,9 @@ def test_onevision_in_the_decoder(tmp_path: Path) -> None:
         show((4, wish("k-norm", 40, 20, 9)), ((60, 60), to(20, "topk"))),
     ]
     with contextmanager(make_engine)(checkpoint, **options) as engine:
+        if engine.interpreted:  # Model Runner V2, in Triton's interpreter: see test_tiles.py
+            check(engine, reference, asks[::6], STAGES)
+            return
         outputs = check(engine, reference, asks, STAGES, times=2)
         assert sum(output.num_cached_tokens > 0 for output in outputs) > 2
 
