@@ -316,9 +316,8 @@ class NativeModel(ReducingModel):
         questions = self.embed_questions(items)
         outputs: list[Tensor] = []
         pixels_of, grid_of = next(names for names in _FIELDS if names[0] in kwargs)  # one modality
-        pixels, grids, seconds = (
-            kwargs.get(name) for name in (pixels_of, grid_of, "second_per_grid_ts")
-        )
+        pixels, grids = kwargs[pixels_of], kwargs[grid_of]
+        seconds: Any = kwargs.get("second_per_grid_ts")
         assert isinstance(pixels, Tensor) and isinstance(grids, Tensor)
         patches = grids.prod(-1).tolist()
         of_items = pixels.split(patches)
