@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -133,14 +133,6 @@ class Reducer:
         packed = vllm_config.cache_config.effective_attention_block_size is None
         self.parts = schedule.parts(self._spans, self.block_size, packed)
 
-    @cached_property
-    def _of_item(self) -> Any:
-        return lru_cache(maxsize=4096)(self._describe_item)
-
-    @cached_property
-    def _of_budget(self) -> Any:
-        return lru_cache(maxsize=1024, typed=True)(self._settle_alike)
-
     def settle(self, request: ReductionFields, messages: Any) -> list[Reduction | None]:
         """The settings of every image of a request, then of every video: in this order they are
         everywhere in here.
@@ -182,6 +174,11 @@ class Reducer:
             return settings
         except SettingsError as error:
             raise _refusal(request, error) from None
+
+    @cached_property
+    def _of_budget(self) -> Callable[..., Settled]:
+        """As :meth:`_settle_alike`, which a request after the other asks."""
+        return lru_cache(maxsize=1024, typed=True)(self._settle_alike)
 
     def _settle_alike(
         self, budget: int | str | None, embeds: bool, named: bool, modality: str, lower: bool
@@ -478,10 +475,15 @@ class Reducer:
             **({"videos": items[images:]} if images < len(items) else {}),
         }
 
+    @cached_property
+    def _of_item(self) -> Callable[..., _Held]:
+        """As :meth:`_describe_item`, likewise."""
+        return lru_cache(maxsize=4096)(self._describe_item)
+
     def _describe_item(
         self, reduction: Reduction | None, before: int, by_stage: tuple[int, ...]
     ) -> _Held:
-        """What an item holds, of which a request after the other says the same.
+        """What an item holds.
 
         Args:
             reduction: its settings.
