@@ -22,7 +22,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor
 
 from vllm_ficoco.models.encoder_graphs import EncoderGraphs
-from vllm_ficoco.models.layered import LayeredModel
+from vllm_ficoco.models.layered import FLAT_TOWER, LayeredModel
 from vllm_ficoco.models.pixels import PlainPixels
 from vllm_ficoco.models.processing import ReducingProcessor
 
@@ -71,3 +71,5 @@ class ReducingLlavaForConditionalGeneration(
     LayeredModel, LlavaForConditionalGeneration, EncoderGraphs
 ):
     """vLLM's LLaVA with a visual token budget per image."""
+
+    hf_to_vllm_mapper = FLAT_TOWER | LlavaForConditionalGeneration.hf_to_vllm_mapper
