@@ -436,7 +436,8 @@ def _with_weights(path: Path, config: PretrainedConfig, seed: int) -> Path:
             elif "q_norm" in name or "k_norm" in name:
                 weight.uniform_(0.5, 1.5)
         model.model.language_model.norm.weight.uniform_(0.5, 1.5)  # DART compares behind it
-    named = published_name if config.model_type.startswith("llava") else str
+    # As most are published; the others as transformers saves them.
+    named = published_name if config.model_type in ("llava", "llava_next") else str
     save_file(
         {
             # Experts are published the other way round, (experts, inputs, outputs).

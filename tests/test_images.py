@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaProcessor
+from transformers import CLIPImageProcessor, LlavaProcessor, SiglipImageProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from vllm.config import ModelConfig
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
@@ -19,6 +20,7 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal.processing import InputProcessingContext
 
 from vllm_ficoco.models.llava import ReducingLlavaProcessor
+from vllm_ficoco.models.pixels import PlainPixels
 from vllm_ficoco.tiny_llava import CHECKPOINT
 
 SIZES = ((168, 168), (336, 336), (1280, 960), (97, 333), (31, 8))
@@ -69,6 +71,47 @@ def test_pixels_are_those_of_vllm(asked: dict[str, Any]) -> None:
     assert len(due) == len(images)
     for one, other in zip(due, made, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+CLIP = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+SIGLIP = {"size": {"height": 384, "width": 384}}
+
+
+@pytest.mark.parametrize(
+    "hugging_face",
+    [
+        CLIPImageProcessor(**CLIP),
+        CLIPImageProcessor(**CLIP, do_normalize=False),
+        CLIPImageProcessor(**CLIP, do_rescale=False),
+        CLIPImageProcessor(size={"height": 90, "width": 70}, do_center_crop=False),
+        SiglipImageProcessor(**SIGLIP),
+        SiglipImageProcessor(**SIGLIP, resample=Image.Resampling.BILINEAR),
+    ],
+)
+def test_pixels_are_those_of_the_image_processor(hugging_face: Any) -> None:
+    """Bit by bit, alone and beside others, whatever it is set to; and it is not called for them."""
+    images = [image(size) for size in SIZES]
+    due = hugging_face(images=images, return_tensors="pt")["pixel_values"]
+    plain = PlainPixels(hugging_face)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(hugging_face), "preprocess", None)
+        made = plain(images)["pixel_values"]
+        alone = torch.cat([plain([one])["pixel_values"] for one in images])
+    assert made.dtype == due.dtype and torch.equal(made, due) and torch.equal(alone, due)
+
+
+@pytest.mark.parametrize(
+    "hugging_face",
+    [
+        CLIPImageProcessor(size={"shortest_edge": 40}, do_center_crop=False),
+        CLIPImageProcessor(**CLIP, do_resize=False, do_center_crop=False),
+        CLIPImageProcessorPil(**CLIP),
+    ],
+)
+def test_an_image_processor_of_another_kind_is_called(hugging_face: Any) -> None:
+    one = image((97, 333))
+    due = hugging_face(images=[one], return_tensors="pt")["pixel_values"]
+    assert torch.equal(PlainPixels(hugging_face)([one], return_tensors="pt")["pixel_values"], due)
 
 
 def test_pixels_by_the_server_s_options_are_those_of_vllm() -> None:

@@ -105,7 +105,7 @@ def test_every_budget_is_kept_exactly(processor: Processor) -> None:
 
 def test_a_hash_is_a_video_s_own(processor: Processor) -> None:
     """Whatever stands beside it, and again from the cache; whole, it has vLLM's."""
-    one, other, image = video(4), video(4, seed=1), drawn((196, 140))
+    one, other, image = video(4), video(4, seed=1), drawn(100, size=(196, 140))
     alone = processor(one, reduction=reduction(9))
     for _ in range(2):
         both = processor(
@@ -154,20 +154,23 @@ def test_by_its_uuid_alone(processor: Processor) -> None:
         ({"reduction": [reduction(9)] * 2}, r"one entry per video \(1\)"),
         ({"reduction": {"video": [reduction(9, "fastv")]}}, r"reduction\.video\[0\]\.method"),
         ({"reduction_where": {}}, "reduction_where is not for requests"),
-        ({"visual_token_budget": 5, "temporal_patch_size": 1}, "Patches of the video have"),
-        ({"visual_token_budget": 5, "do_resize": False}, None),
     ],
 )
-def test_refused(processor: Processor, kwargs: dict[str, Any], says: str | None) -> None:
-    if says is None:  # the frames have whole tokens as they are, or not
-        return
+def test_refused(processor: Processor, kwargs: dict[str, Any], says: str) -> None:
     with pytest.raises(VLLMValidationError, match=says):
         processor(video(4), **kwargs)
 
 
+def test_patches_that_the_tower_cannot_take_in(processor: Processor) -> None:
+    """Hugging Face's own Qwen3-VL makes none such."""
+    if processor.of.geometry.videos != "by_frame":
+        with pytest.raises(VLLMValidationError, match="Patches of the video have 588 values"):
+            processor(video(4), visual_token_budget=5, temporal_patch_size=1)
+
+
 def test_a_list_does_not_say_what_it_is_for(processor: Processor) -> None:
     with pytest.raises(VLLMValidationError, match=r'\{"image": \[\.\.\.\], "video": \[\.\.\.\]\}'):
-        processor(video(4), images=[drawn((196, 140))], visual_token_budget=[5])
+        processor(video(4), images=[drawn(100, size=(196, 140))], visual_token_budget=[5])
 
 
 def test_embeddings_are_not_reduced(processor: Processor) -> None:
@@ -176,6 +179,7 @@ def test_embeddings_are_not_reduced(processor: Processor) -> None:
     ready = {
         "video_embeds": torch.zeros(24, width * (1 + processor.of.geometry.deepstack)),
         "video_grid_thw": grid,
+        **({"timestamps": [[0.5, 1.5]]} if processor.of.geometry.videos == "by_frame" else {}),
     }
     items = of.parse_mm_data({"video": ready}, validate=False)
     with pytest.raises(VLLMValidationError, match="left out with video_embeds inputs"):
@@ -191,7 +195,7 @@ def test_what_is_between_frames_is_known_before_they_are_seen(processor: Process
     with pytest.raises(RefusedImage, match=r"reduction\.options\.frames = 'unique'"):
         processor(video(4), **unique)
     with pytest.raises(RefusedImage, match="between the frames") as refused:
-        processor(video(4), images=[drawn((196, 140))], reduction=reduction(9, "fastv"))
+        processor(video(4), images=[drawn(100, size=(196, 140))], reduction=reduction(9, "fastv"))
     assert (refused.value.modality, refused.value.image) == ("video", 0)
 
 

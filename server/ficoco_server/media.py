@@ -21,6 +21,9 @@ CHOICE = "VLLM_MEDIA_CONNECTOR"
 """vLLM's variable with the name of the connector to use."""
 
 
+_NO_FRAMES = "no frame of it can be read; send a single one as an image"
+
+
 def in_8_bits(image: Image.Image, sixteen: bool = False) -> Image.Image:
     """A greyscale image in more than 8 bits as one in 8; any other image as it is.
 
@@ -140,7 +143,7 @@ def _with_frames(video: Any) -> Any:
     """
     frames, _ = video.media
     if not len(frames):
-        raise ValueError("no frame of it can be decoded; send a single one as an image")
+        raise ValueError(_NO_FRAMES)
     return video
 
 
@@ -148,6 +151,8 @@ def _refusal(error: Exception, modality: str) -> Exception:
     if isinstance(error, VLLMClientError):
         return error
     reason = str(error) or type(error).__name__  # a time-out has no words
+    if isinstance(error, ZeroDivisionError):  # Qwen-VL's come in pairs, of which there is none
+        reason = _NO_FRAMES
     message = f"The {modality} cannot be loaded: {reason}"
     return VLLMValidationError(message, parameter=f"{modality}_url")
 

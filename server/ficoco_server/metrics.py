@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
@@ -113,6 +114,12 @@ LOAD = _once(
 )
 
 
+@lru_cache(maxsize=4096)
+def series(metric: Any, *labels: str) -> Any:
+    """One series of a metric: to look it up takes the client as long as to count in it."""
+    return metric.labels(*labels)
+
+
 def budget_bucket(reduction: Reduction | None) -> str:
     """The label of an image's budget."""
     if reduction is None:
@@ -172,10 +179,10 @@ class Observation:
         if self._ended:
             return
         self._ended = True
-        REQUESTS.labels(self.method, outcome).inc()
+        series(REQUESTS, self.method, outcome).inc()
         if outcome == "success":
             taken = time.perf_counter() - self.arrival
-            E2E_LATENCY.labels(self.method, self.budget).observe(taken)
+            series(E2E_LATENCY, self.method, self.budget).observe(taken)
 
     async def watch(self, work: Awaitable[T]) -> T:
         """Await a step that may refuse the request or fail."""
@@ -223,13 +230,13 @@ class Observation:
         self._started = True
         for method, tokens, bytes_saved, blocks_saved, rung, modality in self._images:
             for stage, count in tokens.items():
-                VISUAL_TOKENS.labels(stage, method, modality).inc(count)
-            BYTES_SAVED.labels(method, modality).inc(bytes_saved)
-            BLOCKS_SAVED.labels(method, modality).inc(blocks_saved)
+                series(VISUAL_TOKENS, stage, method, modality).inc(count)
+            series(BYTES_SAVED, method, modality).inc(bytes_saved)
+            series(BLOCKS_SAVED, method, modality).inc(blocks_saved)
             if rung:
-                AUTO_BUDGETS.labels(rung).inc()
+                series(AUTO_BUDGETS, rung).inc()
         if self._lowered:
-            LOWERED.labels(self.method).inc()
+            series(LOWERED, self.method).inc()
 
     def _tick(self, result: Any) -> None:
         """A result with new tokens has come."""
@@ -240,19 +247,19 @@ class Observation:
         for index in news:
             if index in self._last:
                 gap = now - self._last[index]
-                INTER_TOKEN_LATENCY.labels(self.method, self.budget).observe(gap)
+                series(INTER_TOKEN_LATENCY, self.method, self.budget).observe(gap)
             elif not self._last:
-                TIME_TO_FIRST_TOKEN.labels(self.method, self.budget).observe(now - self.arrival)
+                series(TIME_TO_FIRST_TOKEN, self.method, self.budget).observe(now - self.arrival)
             self._last[index] = now
 
     def _read(self, stats: Any) -> None:
         """All tokens came at once; when they were made, the engine has noted."""
         if stats.first_token_latency > 0:
-            TIME_TO_FIRST_TOKEN.labels(self.method, self.budget).observe(stats.first_token_latency)
+            series(TIME_TO_FIRST_TOKEN, self.method, self.budget).observe(stats.first_token_latency)
         gaps = stats.num_generation_tokens - 1
         if gaps > 0:
             mean = (stats.last_token_ts - stats.first_token_ts) / gaps
-            INTER_TOKEN_LATENCY.labels(self.method, self.budget).observe(mean)
+            series(INTER_TOKEN_LATENCY, self.method, self.budget).observe(mean)
 
 
 def _has_tokens(result: Any) -> bool:

@@ -41,6 +41,8 @@ _FORMS = dict.fromkeys(_IMAGE_FORMS, "image") | {
 }
 """What is an image or a video, in the order in which vLLM looks for them in a part that does not
 say its type."""
+_USUAL_KEYS = frozenset((*IMAGE_KEYS, *_FORMS, "type", "url", "uuid"))
+"""Of images and videos; none of them is a slip of the pen."""
 
 
 class Asked(NamedTuple):
@@ -193,7 +195,14 @@ def _objects(body: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]
 
 def count_items(messages: Any) -> Counter[str]:
     """Images and videos in messages, as far as their contents are lists."""
-    return Counter(modality_of(part) for _, part in _parts(messages, ""))
+    counts: Counter[str] = Counter()
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, list):  # a batch of conversations
+            counts += count_items(message)
+        elif isinstance(message, Mapping):
+            for contents in (message.get("content"), message.get("output")):
+                counts.update(map(modality_of, contents if isinstance(contents, list) else ()))
+    return counts
 
 
 def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], Asked]:
@@ -202,11 +211,11 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
     items: dict[str, list[Level]] = {modality: [] for modality in MODALITIES}
     misplaced: list[SettingsError] = []
 
-    def refuse(level: Level) -> None:
+    def refuse(where: str, said: Mapping[str, Any]) -> None:
         """Settings that must not stand where they do."""
-        for key, value in level.said.items() if not misplaced else ():
+        for key, value in said.items() if not misplaced else ():
             allowed = "once on an image, on a video or on the request, nowhere else"
-            misplaced.append(SettingsError(level.field(key), value, allowed))
+            misplaced.append(SettingsError(f"{where}.{key}", value, allowed))
 
     def without(part: Any, path: str, seen: bool) -> Any:
         if not isinstance(part, Mapping):
@@ -214,13 +223,13 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
         modality = modality_of(part)
         if not seen or not modality:
             for holder, where in _holders(part, path):
-                refuse(Level(where, _ours(holder, OUR_KEYS)))
+                refuse(where, _ours(holder, OUR_KEYS))
             return part
         for holder, where in _holders(part, path):
             if where not in (path, f"{path}.{modality}_url"):
-                refuse(Level(where, _ours(holder, OUR_KEYS)))
+                refuse(where, _ours(holder, OUR_KEYS))
                 continue
-            for key, ours in _near_misses(holder.keys() - IMAGE_KEYS) if not misplaced else ():
+            for key, ours in _near_misses(holder.keys() - _USUAL_KEYS) if not misplaced else ():
                 if holder[key] is not None:
                     allowed = f"{ours}, if visual tokens are meant"
                     misplaced.append(SettingsError(f"{where}.{key}", holder[key], allowed))
@@ -231,7 +240,7 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
             inside = _said(inner, modality)
             part = {**part, url: _drop(inner, modality)}
         twice = {key: said[key] for key in said if inside.get(key, said[key]) != said[key]}
-        refuse(Level(path, twice))
+        refuse(path, twice)
         embeds = f"{modality}_embeds" in (part.get("type"), *part)
         named = part.get("uuid") is not None
         level = Level(path, said | inside, embeds, named, tuple(inside), modality)
@@ -241,7 +250,7 @@ def take_settings(body: Mapping[str, Any], turns: str) -> tuple[dict[str, Any], 
     def turn(message: Any, path: str) -> Any:
         if not isinstance(message, Mapping):
             return message
-        refuse(Level(path, _ours(message, OUR_KEYS)))
+        refuse(path, _ours(message, OUR_KEYS))
         seen = turns != "input" or not _only_text(message)
         return {
             **message,
@@ -321,6 +330,8 @@ def _holders(part: Any, path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _ours(holder: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    if holder.keys().isdisjoint(keys):  # mostly
+        return {}
     return {key: holder[key] for key in keys if holder.get(key) is not None}
 
 

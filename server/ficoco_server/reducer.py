@@ -6,10 +6,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
@@ -19,7 +19,7 @@ from ficoco_server.metrics import INVALID, MIXED, Prefilled
 from ficoco_server.policy import Policy
 from ficoco_server.pressure import Pressure
 from ficoco_server.protocol import ReductionFields, count_items
-from ficoco_server.resolve import Level, as_written, fit, settled
+from ficoco_server.resolve import Level, Settled, as_written, fit, settled
 from vllm_ficoco import schedule
 from vllm_ficoco.cost import Decoder, mlp_width, prefill_flops_ratio
 from vllm_ficoco.engine.checks import needs_whole_prompt
@@ -35,6 +35,7 @@ from vllm_ficoco.packed import Packed
 from vllm_ficoco.plugin import MODELS
 from vllm_ficoco.settings import (
     AUTO,
+    BUDGET_KEY,
     MODALITIES,
     NO_REDUCTION,
     AutoBudget,
@@ -45,6 +46,15 @@ from vllm_ficoco.settings import (
 )
 from vllm_ficoco.vision.geometry import Geometry, UnsupportedModel, geometry_of
 from vllm_ficoco.vision.layout import Layout
+
+
+class _Held(NamedTuple):
+    """What an image or a video holds in the KV cache."""
+
+    said: dict[str, Any]
+    """The same in the report; not to be changed."""
+    in_layers: int
+    """Tokens in all layers together."""
 
 
 class Reducer:
@@ -143,13 +153,20 @@ class Reducer:
             for modality, said in zip(MODALITIES, (asked.images, asked.videos), strict=True):
                 earlier = max(there[modality] - len(said), 0)
                 levels += [Level(modality=modality)] * earlier + [*said]
-            request._settled = images = settled(
-                self.policy,
-                request.level,
-                levels,
-                self.geometry,
-                bool(request._lowers),
-            )
+            budget, lower = request.visual_token_budget, bool(request._lowers)
+            if (
+                levels
+                and request.reduction is None
+                and isinstance(budget, int | str | None)
+                and not any(level.said for level in levels)
+            ):
+                images = [
+                    self._of_budget(budget, at.embeds, at.named, at.modality, lower)
+                    for at in levels
+                ]
+            else:
+                images = settled(self.policy, request.level, levels, self.geometry, lower)
+            request._settled = images
             settings = [image.reduction for image in images]
             # Not by what is in an image: of a ladder, whatever it comes to.
             waiting = [r for r in settings if isinstance(r, OfLadder)]
@@ -157,6 +174,30 @@ class Reducer:
             return settings
         except SettingsError as error:
             raise _refusal(request, error) from None
+
+    @cached_property
+    def _of_budget(self) -> Callable[..., Settled]:
+        """As :meth:`_settle_alike`, which a request after the other asks."""
+        return lru_cache(maxsize=1024, typed=True)(self._settle_alike)
+
+    def _settle_alike(
+        self, budget: int | str | None, embeds: bool, named: bool, modality: str, lower: bool
+    ) -> Settled:
+        """What holds for an item of a request that says a budget, or nothing, of all its items.
+
+        Args:
+            budget: of the request.
+            embeds: the item comes as embeddings.
+            named: it has a uuid.
+            modality: of the item.
+            lower: as of :func:`settled`.
+
+        Raises:
+            SettingsError: it cannot be used.
+        """
+        said = {} if budget is None else {BUDGET_KEY: budget}
+        item = Level(embeds=embeds, named=named, modality=modality)
+        return settled(self.policy, Level(said=said), [item], self.geometry, lower)[0]
 
     def fit(self, request: ReductionFields, engine_input: Any) -> list[Reduction | None]:
         """The settings of every image, once the prompt is rendered and their sizes are known.
@@ -401,24 +442,12 @@ class Reducer:
             layout.sent if layout else count
             for layout, count in zip(layouts, entering, strict=True)
         ]
-        spans = self._spans
         by_stage = [
-            self._held_in_stages(reduction, layout, place, prompt)
+            tuple(self._held_in_stages(reduction, layout, place, prompt))
             for reduction, layout, place in zip(settings, layouts, placeholders, strict=True)
         ]
-        kept = [math.ceil(schedule.average_over_layers(held, spans)) for held in by_stage]
-        items: list[dict[str, Any]] = [
-            {
-                "method": reduction.method if reduction else NO_REDUCTION,
-                "budget": reduction.budget if reduction else None,
-                "visual_tokens_before": had,
-                "visual_tokens_kept": on_average,
-                **({"visual_tokens_by_stage": held} if len(spans) > 1 else {}),
-            }
-            for reduction, had, on_average, held in zip(
-                settings, before, kept, by_stage, strict=True
-            )
-        ]
+        held = [*map(self._of_item, settings, before, by_stage)]
+        items = [dict(of.said) for of in held]
         for item, waited in zip(items, asked, strict=False):
             if isinstance(waited, AutoBudget):
                 item["requested"] = AUTO
@@ -427,28 +456,49 @@ class Reducer:
                 item["lowered_by"] = "pressure"
         methods, budgets = ({item[key] for item in items} for key in ("method", "budget"))
         text, layers = prompt - sum(entering), self.decoder.layers
-        in_layers = sum(schedule.total_over_layers(held, spans) for held in by_stage)
+        had, in_layers = sum(before), sum(of.in_layers for of in held)
         per_layer = self.decoder.kv_bytes_per_token // layers
         ratio = 1.0
-        if in_layers < sum(before) * layers:
-            of_layer = [
-                text + sum(stage)
-                for stage, count in zip(zip(*by_stage, strict=True), spans, strict=True)
-                for _ in range(count)
-            ]
-            ratio = _flops_ratio(tuple(of_layer), text + sum(before), self.decoder)
+        if in_layers < had * layers:
+            of_stage = tuple(text + sum(stage) for stage in zip(*by_stage, strict=True))
+            ratio = _flops_ratio(of_stage, tuple(self._spans), text + had, self.decoder)
         images = len(by_modality.get("image", ()))
         return {
             "method": methods.pop() if len(methods) == 1 else MIXED,
             "budget": budgets.pop() if len(budgets) == 1 else None,
-            "visual_tokens_before": sum(before),
-            "visual_tokens_kept": sum(kept),
+            "visual_tokens_before": had,
+            "visual_tokens_kept": sum(of.said["visual_tokens_kept"] for of in held),
             "kv_cache_bytes_held": in_layers * per_layer,
-            "kv_cache_bytes_saved": (sum(before) * layers - in_layers) * per_layer,
-            "estimated_prefill_flops_ratio": round(ratio, 4),
+            "kv_cache_bytes_saved": (had * layers - in_layers) * per_layer,
+            "estimated_prefill_flops_ratio": ratio,
             "images": items[:images],
             **({"videos": items[images:]} if images < len(items) else {}),
         }
+
+    @cached_property
+    def _of_item(self) -> Callable[..., _Held]:
+        """As :meth:`_describe_item`, likewise."""
+        return lru_cache(maxsize=4096)(self._describe_item)
+
+    def _describe_item(
+        self, reduction: Reduction | None, before: int, by_stage: tuple[int, ...]
+    ) -> _Held:
+        """What an item holds.
+
+        Args:
+            reduction: its settings.
+            before: its visual tokens, unreduced.
+            by_stage: what it holds in every stage of the decoder.
+        """
+        spans = self._spans
+        said = {
+            "method": reduction.method if reduction else NO_REDUCTION,
+            "budget": reduction.budget if reduction else None,
+            "visual_tokens_before": before,
+            "visual_tokens_kept": math.ceil(schedule.average_over_layers(by_stage, spans)),
+            **({"visual_tokens_by_stage": [*by_stage]} if len(spans) > 1 else {}),
+        }
+        return _Held(said, schedule.total_over_layers(by_stage, spans))
 
     @property
     def _spans(self) -> list[int]:
@@ -577,7 +627,13 @@ class Reducer:
         }
 
 
-_flops_ratio = lru_cache(maxsize=1024)(prefill_flops_ratio)
+@lru_cache(maxsize=1024)
+def _flops_ratio(
+    of_stage: tuple[int, ...], spans: tuple[int, ...], before: int, decoder: Decoder
+) -> float:
+    """What a prefill of so many tokens in the stages costs, as the report says it."""
+    of_layer = [tokens for tokens, count in zip(of_stage, spans, strict=True) for _ in range(count)]
+    return round(prefill_flops_ratio(of_layer, before, decoder), 4)
 
 
 def _refusal(request: ReductionFields, error: SettingsError) -> VLLMValidationError:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
@@ -78,9 +79,12 @@ the long one goes beyond its sides, and in Qwen2.5-VL in steps that are no whole
 
 @cache
 def film(name: str) -> Film:
-    """A file, decoded as vLLM does it."""
-    frames, size, fps = FILMS[name]
-    file = gif(filmed(frames, size, seed=[*FILMS].index(name), event=frames // 2), fps)
+    """A file, decoded as vLLM does it. Grains tell apart what else would be alike in all frames,
+    and left to rounding."""
+    (frames, size, fps), seed = FILMS[name], [*FILMS].index(name)
+    clean = filmed(frames, size, seed, event=frames // 2)
+    grains = np.random.default_rng(seed).integers(-40, 41, (frames, *clean.shape[1:3], 1))
+    file = gif((clean + grains).clip(0, 255).astype(np.uint8), fps)
     loader = VideoMediaIO(ImageMediaIO(), num_frames=-1, video_backend="opencv")
     return Film(*loader.load_bytes(file).media)
 
@@ -320,7 +324,8 @@ def test_without_the_offsets_it_would_be_wrong(
         pytest.skip("takes long in Triton's interpreter")
     monkeypatch.setattr(Offsets, "add", lambda *_: None)
     reduced = [show((size, to(20, "topk"))) for size in ("square", "wide", "tall")]
-    plain = [show(("square", None)), show()]
+    reduced += [show(films=[(name, to(20, "topk"))]) for name in ("odd", "wide")]
+    plain = [show(("square", None)), show(films=[("long", None)]), show()]
     forget(served.engine)
     outputs = served.engine.generate([*reduced, *plain])
     forget(served.engine)
@@ -338,6 +343,7 @@ def test_positions_are_right_before_the_model_runs(
     served.engine.generate([show()])  # on a GPU, the capture of graphs has run by now
     monkeypatch.setattr(Offsets, "before_run", lambda *_: None)
     reduced = [show((size, to(20, "topk"))) for size in ("square", "wide")]
+    reduced += [show(films=[(name, to(20, "topk"))]) for name in ("long", "odd")]
     check(served.engine, served.reference, reduced)
 
 

@@ -7,7 +7,7 @@ the engine; prompts are as long as their videos keep tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,8 +27,11 @@ from tests.reference.decoder import CHOOSE
 from tests.reference.llava import one_thread
 from tests.reference.llava_videos import ReferenceVideos
 from tests.videos import filmed, gif, mp4
+from tests.waiting import NoWaiting
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.models.processing import COUNTS_KEYS
+from vllm_ficoco.packed import PACKED_FIELDS, pack
+from vllm_ficoco.settings import Reduction
 
 pytestmark = pytest.mark.engine
 
@@ -228,15 +231,99 @@ def among_images() -> list[Ask]:
     ]
 
 
-def test_onevision(onevision_checkpoint: Path) -> None:
+@pytest.fixture(scope="module")
+def reference(onevision_checkpoint: Path) -> ReferenceVideos:
+    return ReferenceVideos(str(onevision_checkpoint))
+
+
+@pytest.fixture(scope="module")
+def engine(onevision_checkpoint: Path) -> Iterator[Engine]:
+    yield from make_engine(onevision_checkpoint, **TIGHT)
+
+
+def test_onevision(engine: Engine, reference: ReferenceVideos) -> None:
     """Steps cut videos and images, requests are forced out and back in; then videos come from the
     processor's cache."""
-    reference = ReferenceVideos(str(onevision_checkpoint))
+    preempted = engine.watch_preemptions()
     asks = [*of_every_length(True), *of_every_method(True), *among_images()]
-    with contextmanager(make_engine)(onevision_checkpoint, **TIGHT) as engine:
-        preempted = engine.watch_preemptions()
-        check(engine, reference, asks, times=2)
-        assert sum(preempted) > 0, "the pool was not small enough to test anything"
+    check(engine, reference, asks, times=2)
+    assert sum(preempted) > 0, "the pool was not small enough to test anything"
+
+
+def test_onevision_unreduced_is_bit_identical_to_vllm(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same engine with vLLM's own methods gives the same bits."""
+    from vllm.model_executor.models.llava_onevision import (
+        LlavaOnevisionForConditionalGeneration as Stock,
+    )
+
+    asks = [show((5, None)), show((5, None), question="how many are there ?"), show()]
+
+    def run() -> list[Any]:
+        engine.llm.reset_mm_cache()
+        engine.llm.reset_prefix_cache()
+        engine.llm.llm_engine.reset_encoder_cache()
+        return [
+            [
+                {word: entry.logprob for word, entry in step.items()}
+                for step in output.outputs[0].logprobs
+            ]
+            for output in engine.generate(asks)
+        ]
+
+    ours = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine.model), "embed_multimodal", without_ours(Stock))
+        for name in ("embed_input_ids", "forward", "_process_video_pixels"):
+            patch.setattr(type(engine.model), name, getattr(Stock, name))
+        patch.setattr(
+            type(engine.model), "_video_pixels_to_features", Stock._video_pixels_to_features
+        )
+        assert run() == ours
+
+
+def without_ours(stock: Any) -> Any:
+    """vLLM's method, which is not shown our field."""
+
+    def embed(self: Any, **kwargs: Any) -> Any:
+        for name in PACKED_FIELDS.values():
+            kwargs.pop(name, None)
+        return stock.embed_multimodal(self, **kwargs)
+
+    return embed
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_onevision_a_video_does_not_depend_on_the_batch_it_is_in(
+    engine: Engine, reference: ReferenceVideos, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Alone and beside others, with as many frames at once as there may be; and the host does not
+    wait for what a video is reduced to."""
+    processor = engine.llm.renderer.get_mm_processor()
+    lengths, methods = [4, 5, 3, 5, 2], ["topk", None, None, "vidcom2", "visionzip"]
+    pixels, packed = [], []
+    for frames, method in zip(lengths, methods, strict=True):
+        made = reference.processor.video_processor([clip(frames)], return_tensors="pt")
+        pixels.append(made["pixel_values_videos"][0])
+        reduction = method and Reduction(method=method, budget=14)
+        packed.append(pack(reduction, processor.video_layout(frames)))
+    monkeypatch.setattr(engine.model, "images_at_once", at_once)
+
+    def embed(*index: int) -> Any:
+        fields = {PACKED_FIELDS["video"]: [packed[i] for i in index]}
+        shown = [pixels[i] for i in index]
+        with NoWaiting(shown):
+            return engine.model.embed_multimodal(pixel_values_videos=shown, **fields)
+
+    with torch.inference_mode():
+        together = embed(*range(len(lengths)))
+        assert [len(tokens) for tokens in together] == [14, 81, 49, 14, 14]
+        for i, tokens in enumerate(together):
+            (alone,) = embed(i)
+            torch.testing.assert_close(tokens, alone, rtol=1e-4, atol=1e-4)
+        # Unreduced videos of different lengths alone stop vLLM's own runner.
+        assert [tokens.shape[:-1] for tokens in embed(1, 2)] == [(81,), (49,)]
 
 
 def test_onevision_in_the_decoder(tmp_path: Path) -> None:
@@ -250,18 +337,19 @@ def test_onevision_in_the_decoder(tmp_path: Path) -> None:
         show((4, wish("k-norm", 40, 20, 9)), ((60, 60), to(20, "topk"))),
     ]
     with contextmanager(make_engine)(checkpoint, **options) as engine:
+        if engine.interpreted:  # Model Runner V2, in Triton's interpreter: see test_tiles.py
+            check(engine, reference, asks[::6], STAGES)
+            return
         outputs = check(engine, reference, asks, STAGES, times=2)
-        assert sum(output.num_cached_tokens > 0 for output in outputs) > 5
+        assert sum(output.num_cached_tokens > 0 for output in outputs) > 2
 
 
 # --- LLaVA-NeXT-Video ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tower", ["clip"])
-def test_next_video(tmp_path: Path, tower: str) -> None:
-    """Tokens that are squares of patches, with [CLS]; first in the tower's full steps, and inside
-    the decoder on the same engine."""
-    checkpoint = random_llava_next_video(tmp_path, tower, decoder_layers=6)
+def test_next_video(tmp_path: Path) -> None:
+    """Tokens that are squares of patches, with [CLS]; before the decoder and inside of it."""
+    checkpoint = random_llava_next_video(tmp_path, decoder_layers=6)
     reference = ReferenceVideos(str(checkpoint))
     options = {**STAGED, **ROOMY, "limit_mm_per_prompt": {"video": 1}}
     asks = [*of_every_length(False), *of_every_method(False), *in_the_decoder(False)]

@@ -27,8 +27,8 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.video_utils import VideoMetadata
 from transformers.vision_utils import get_vision_window_index
 
-from tests.reference.methods import ASKING, middles, reduce_one, relevances
-from tests.reference.videos import dycoke, each_by_itself, uniform_frames, vidcom2
+from tests.reference.methods import ASKING, Image, middles, reduce_one, relevances
+from tests.reference.videos import dycoke, each_by_itself, fastvid, uniform_frames, vidcom2
 
 COMPARING = {"vidcom2": vidcom2, "dycoke": dycoke}
 """Methods that compare the frames of a video."""
@@ -274,6 +274,11 @@ class ReferenceQwen:
         if method in COMPARING:
             places = COMPARING[method](video, budget, **options)
             return whole[places], places
+        if method == "fastvid":
+            attention = np.array([received(seen) for seen in frames.seen])
+            left = fastvid(video, attention, budget, **options)
+            places = sorted(left)
+            return torch.tensor(np.stack([left[place] for place in places])).float(), places
         if method == "uniform-frames":
             keep = partial(middles, frames.seen[0].grid)
             places = uniform_frames(count, n, budget, keep)
@@ -542,3 +547,13 @@ def tokens_of(shown: Seen | Frames) -> int:
     """How many it has, whole."""
     each = shown.seen if isinstance(shown, Frames) else [shown]
     return sum(len(one.tokens) for one in each)
+
+
+def received(seen: Seen) -> list[float]:
+    """What every token of an image is attended to, there being no [CLS]."""
+    n = len(seen.tokens)
+    image = Image(
+        [*seen.tokens], seen.query, seen.key, seen.scale, False, seen.grid, list(range(n)),
+        [1.0] * n, seen.pixels, 4,
+    )  # fmt: skip
+    return image.of_cls()

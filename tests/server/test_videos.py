@@ -5,18 +5,23 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from vllm.config import ModelConfig
 from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import (
     decode_mm_kwargs_item,
     encode_mm_kwargs_item,
 )
 from vllm.exceptions import VLLMClientError, VLLMValidationError
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import PlaceholderRange
+from vllm.plugins import load_general_plugins
 
 from ficoco_server.media import Connector
 from ficoco_server.metrics import Observation
@@ -26,6 +31,12 @@ from ficoco_server.reducer import Reducer
 from ficoco_server.serving import _with_visual
 from loadtest.__main__ import main
 from loadtest.traffic import video as video_of_squares
+from tests.checkpoints import (
+    random_llava_next,
+    random_llava_next_video,
+    random_llava_onevision,
+    random_qwen,
+)
 from tests.server.conftest import API_KEY, MODEL, Server, user, value
 from tests.server.conftest import image as picture_part
 from tests.server.test_http import chat
@@ -42,6 +53,10 @@ from vllm_ficoco.vision.layout import Layout
 URL = "data:video/mp4;base64,AAAA"
 PICTURE, FILM = Layout((4, 4)), Layout((4, 5), frames=8)
 """Of 16 and 160 tokens."""
+
+
+ONE_SEQUENCE = (random_llava_next_video, random_llava_onevision)
+"""Models of which a video's tokens follow one another; in Qwen3-VL text stands between frames."""
 
 
 def image(**said: Any) -> dict[str, Any]:
@@ -367,6 +382,28 @@ def test_one_step_encodes_videos(reducer: Reducer) -> None:
     assert "images and videos of 191 visual tokens there, or fewer" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("make", "modalities"),
+    [
+        (random_llava_next, ["image"]),
+        (random_llava_next_video, ["video"]),
+        (random_llava_onevision, ["image", "video"]),
+        (partial(random_qwen, family="qwen3-vl"), ["image", "video"]),
+    ],
+)
+def test_what_a_server_says_of_its_model(make: Any, modalities: list[str], tmp_path: Path) -> None:
+    load_general_plugins()
+    model = ModelConfig(model=str(make(tmp_path / "model")))
+    processor = MULTIMODAL_REGISTRY.create_processor(model)
+    cache = SimpleNamespace(block_size=32, cache_dtype="auto", effective_attention_block_size=32)
+    config = SimpleNamespace(model_config=model, cache_config=cache)
+    about = Reducer(config, Policy(), processor, 2048).describe()
+    assert about["model"]["modalities"] == modalities
+    for modality, methods in ("image", "methods"), ("video", "video_methods"):
+        assert ("score" in about["policy"][methods]) == (modality in modalities)
+    assert ("vidcom2" in about["policy"]["video_methods"]) == (make in ONE_SEQUENCE)
+
+
 # --- Files --------------------------------------------------------------------------------------
 
 
@@ -493,8 +530,8 @@ def test_every_method_that_is_allowed_for_videos(native: Server) -> None:
 @pytest.mark.server
 def test_frames_that_the_client_asks_for(native: Server) -> None:
     """N is of the frames that are left of a file, and so is what a budget of N means."""
-    for options, tokens in ({"fps": 1}, 12), ({"num_frames": 4}, 8), ({}, 24):
-        said = {"media_io_kwargs": {"video": options}, "visual_token_budget": 10}
+    for fps, tokens in (1, 12), (0.7, 8), (2, 24):
+        said = {"media_io_kwargs": {"video": {"fps": fps}}, "visual_token_budget": 10}
         answer = post(native, CHAT, {"messages": user(film(LONG)), **said})
         assert answer.status_code == 200, answer.text
         [one] = answer.json()["reduction"]["videos"]
@@ -562,6 +599,7 @@ def test_refusals_of_videos(native: Server) -> None:
             assert answer.status_code == 400, answer.text
             if path == CHAT:
                 assert answer.json()["error"]["param"] == "video_url"
+                assert ("a single one as an image" in answer.text) == ("gif" in url)
     for path in ("/tokenize", f"{CHAT}/render", "/v1/messages"):
         answer = post(native, path, {"messages": user(film(visual_token_budget=5))})
         assert answer.status_code == 400

@@ -218,8 +218,8 @@ class Shared:
         self.metadata: Any = None
         """Of the group that came first in this step."""
 
-    def is_new_step(self, builder: object, seq_lens: Tensor) -> bool:
-        """Whether a group's builder is the first one in a step.
+    def begins(self, builder: object, seq_lens: Tensor) -> bool:
+        """Whether a step begins with a group's builder; if so, what was of the last one is gone.
 
         Args:
             builder: one that asks again is in another step.
@@ -295,7 +295,7 @@ def stage_backend(
             assert shared.lengths is not None
             stage = self.kv_cache_spec.stage
             common, rows = common_attn_metadata, None
-            if shared.is_new_step(self, common.seq_lens):
+            if shared.begins(self, common.seq_lens):
                 shared.pattern = pattern_of(
                     common, size, split, shared.lengths, plans, stage, self.on_host
                 )

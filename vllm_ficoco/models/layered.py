@@ -6,6 +6,7 @@ Images are one input of the tower, or a thumbnail and tiles.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_ficoco.methods.paradigm import on_device
 from vllm_ficoco.models.reducing import ReducingModel
@@ -21,6 +23,15 @@ from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.geometry import Geometry, PartPlan
 from vllm_ficoco.vision.layout import Layout
 from vllm_ficoco.vision.tower import Input, ReducingTower, Timer, rows
+
+_PARTS = "embeddings|pre_layrnorm|encoder|post_layernorm|head"
+FLAT_TOWER = WeightsMapper(
+    orig_to_new_regex={
+        re.compile(rf"^(model\.)?vision_tower\.(?=({_PARTS})\.)"): "vision_tower.vision_model."
+    }
+)
+"""Names of a tower's weights as transformers 5 saves them, in terms of published checkpoints': vLLM
+knows these alone, and refuses a model that was trained or made with a new transformers."""
 
 
 class Reduced(NamedTuple):

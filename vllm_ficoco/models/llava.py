@@ -22,7 +22,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor
 
 from vllm_ficoco.models.encoder_graphs import EncoderGraphs
-from vllm_ficoco.models.layered import LayeredModel
+from vllm_ficoco.models.layered import FLAT_TOWER, LayeredModel
+from vllm_ficoco.models.pixels import PlainPixels
 from vllm_ficoco.models.processing import ReducingProcessor
 
 
@@ -33,7 +34,9 @@ class ReducingLlavaProcessor(ReducingProcessor, LlavaMultiModalProcessor):
     def _plain_images(self) -> Any:
         """The image processor, where nobody has set an option of it."""
         set_by_server = self.info.ctx.get_mm_config().mm_processor_kwargs
-        return None if set_by_server else self.info.get_hf_processor().image_processor
+        if set_by_server:
+            return None
+        return PlainPixels(self.info.get_hf_processor().image_processor)
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
@@ -68,3 +71,5 @@ class ReducingLlavaForConditionalGeneration(
     LayeredModel, LlavaForConditionalGeneration, EncoderGraphs
 ):
     """vLLM's LLaVA with a visual token budget per image."""
+
+    hf_to_vllm_mapper = FLAT_TOWER | LlavaForConditionalGeneration.hf_to_vllm_mapper

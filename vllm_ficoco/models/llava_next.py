@@ -22,7 +22,7 @@ from vllm.model_executor.models.llava_next import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
 
-from vllm_ficoco.models.layered import LayeredModel
+from vllm_ficoco.models.layered import FLAT_TOWER, LayeredModel
 from vllm_ficoco.models.processing import ReducingProcessor
 from vllm_ficoco.packed import Packed
 from vllm_ficoco.vision.layout import Layout, Window
@@ -143,3 +143,5 @@ class ReducingLlavaNextProcessor(TiledProcessor, LlavaNextMultiModalProcessor):
 )
 class ReducingLlavaNextForConditionalGeneration(TiledModel, LlavaNextForConditionalGeneration):
     """vLLM's LLaVA-NeXT with a visual token budget per image."""
+
+    hf_to_vllm_mapper = FLAT_TOWER | LlavaNextForConditionalGeneration.hf_to_vllm_mapper

@@ -19,6 +19,7 @@ from vllm.model_executor.models.llava_next_video import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_ficoco.models.frames import FramesModel, FramesProcessor, Pooled
+from vllm_ficoco.models.layered import FLAT_TOWER
 from vllm_ficoco.vision.layout import Layout
 
 
@@ -41,6 +42,8 @@ class ReducingLlavaNextVideoForConditionalGeneration(
     FramesModel, LlavaNextVideoForConditionalGeneration
 ):
     """vLLM's LLaVA-NeXT-Video with a visual token budget per video."""
+
+    hf_to_vllm_mapper = FLAT_TOWER | LlavaNextVideoForConditionalGeneration.hf_to_vllm_mapper
 
     @property
     def pooled(self) -> Pooled:

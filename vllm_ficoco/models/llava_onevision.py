@@ -22,6 +22,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
 
 from vllm_ficoco.models.frames import FramesModel, FramesProcessor, Pooled
+from vllm_ficoco.models.layered import FLAT_TOWER
 from vllm_ficoco.models.llava_next import TiledModel, TiledProcessor
 
 
@@ -70,6 +71,8 @@ class ReducingLlavaOnevisionForConditionalGeneration(
     FramesModel, TiledModel, LlavaOnevisionForConditionalGeneration
 ):
     """vLLM's LLaVA-OneVision with a visual token budget per image and video."""
+
+    hf_to_vllm_mapper = FLAT_TOWER | LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper
 
     @property
     def pooled(self) -> Pooled:

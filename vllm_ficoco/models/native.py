@@ -316,15 +316,14 @@ class NativeModel(ReducingModel):
         questions = self.embed_questions(items)
         outputs: list[Tensor] = []
         pixels_of, grid_of = next(names for names in _FIELDS if names[0] in kwargs)  # one modality
-        pixels, grids, seconds = (
-            kwargs.get(name) for name in (pixels_of, grid_of, "second_per_grid_ts")
-        )
+        pixels, grids = kwargs[pixels_of], kwargs[grid_of]
+        seconds: Any = kwargs.get("second_per_grid_ts")
         assert isinstance(pixels, Tensor) and isinstance(grids, Tensor)
         patches = grids.prod(-1).tolist()
         of_items = pixels.split(patches)
         for first, end in self._runs(items):
             now = slice(first, end)
-            watch = any(kind and kind.reduction.spec.needs for kind in kinds[now])
+            watch = any(kind and "attention" in kind.reduction.spec.needs for kind in kinds[now])
             with self.reducing_tower.watching(watch):
                 # Slices of fields on the host and the device; a run of items is a run of patches.
                 start = sum(patches[:first])

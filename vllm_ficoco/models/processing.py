@@ -12,6 +12,7 @@ is cut down to, its processor decides.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -99,6 +100,22 @@ def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
     return {k: v for k, v in kwargs.items() if k not in ours}
 
 
+_geometries: dict[int, tuple[weakref.ref[Any], Geometry]] = {}
+
+
+def _geometry(config: Any) -> Geometry:
+    """Of a model's configuration; found once, as vLLM makes a processor for every request."""
+    known = _geometries.get(id(config))
+    if known is not None and known[0]() is config:
+        return known[1]
+    try:
+        geometry = geometry_of(config)
+    except UnsupportedModel as error:
+        geometry = Geometry.none(str(error))
+    _geometries[id(config)] = weakref.ref(config), geometry
+    return geometry
+
+
 def _asks(reduction: Reduction | None) -> bool:
     return reduction is not None and reduction.spec.asks_question
 
@@ -183,12 +200,7 @@ class ReducingProcessor:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = self.info.get_hf_config()  # type: ignore[attr-defined]
-        self.geometry: Geometry
-        try:
-            self.geometry = geometry_of(config)
-        except UnsupportedModel as error:
-            self.geometry = Geometry.none(str(error))
+        self.geometry = _geometry(self.info.get_hf_config())  # type: ignore[attr-defined]
         server_wide = self.info.ctx.get_mm_config().mm_processor_kwargs or {}  # type: ignore[attr-defined]
         for key in (BUDGET_KEY, REDUCTION_KEY):
             if key in server_wide:
