@@ -2,7 +2,8 @@
 """Videos: many at once, beside vLLM's own pruning; and what is left of an event.
 
     python benchmarks/video.py load qwen2.5-vl-video-cut --methods vidcom2,uniform-frames
-    python benchmarks/video.py load qwen3-vl-video-cut --prune "" --rates "" --budgets 128 --methods uniform
+    python benchmarks/video.py load qwen3-vl-video-cut --prune '' --rates '' \
+        --budgets 128,51 --methods uniform
     python benchmarks/video.py load llava-onevision-video-small --prune '' --rates '' \
         --budgets 785,314
     python benchmarks/video.py scenes --videos 100 --budgets 547,288,115
