@@ -426,18 +426,6 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         check(engine, reference, asks[::3], times=2)
 
 
-def test_where_vllm_prunes_videos_all_is_as_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And a request that asks for a reduction is refused."""
-    with made(tmp_path, "qwen2.5-vl", video_pruning_rate=0.5) as (engine, _):
-        asks = [show(), show(("wide", None)), show(("odd", None), films=[("short", None)])]
-        check_as_stock(engine, [*asks, show(films=[("odd", None)])], monkeypatch)
-        for ask in show(films=[("odd", to(9, "topk"))]), show(("odd", to(9, "topk"))):
-            with pytest.raises(VLLMValidationError, match="--video-pruning-rate"):
-                engine.generate([ask])
-
-
 def test_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The heads of tower and decoder are shared, and so is the evidence."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # one NUMA node serves both ranks
