@@ -10,8 +10,12 @@
         --methods score,topk,visionzip,ficoco-v,globalcom2,hired,fastv --stages 2  # tiles, on a CPU
     python benchmarks/budgets.py --decoder qwen2.5-vl-cut --dtype float32 --budgets 512,256,128 \
         --methods score,topk,visionzip,prumerge,ficoco-v,resize                  # Qwen-VL, on a CPU
+    python benchmarks/budgets.py --decoder llava-onevision-video-cut --dtype float32 --no-stock \
+        --cpu-time --budgets 1490,785,314 --methods vidcom2,dycoke,uniform-frames,fastvid,score
+                                                                          # videos, on a CPU
 
-LLaVA-1.5's, LLaVA-NeXT's (images of 2 x 2 tiles) or Qwen2.5-VL's tower (32 x 32 tokens) with a
+LLaVA-1.5's, LLaVA-NeXT's (images of 2 x 2 tiles), Qwen2.5-VL's (32 x 32 tokens) or, of 16 frames,
+LLaVA-OneVision's tower (16 x 14 x 14) with a
 decoder of real geometry and random weights. Three engines take turns in one run, in processes of
 their own: vLLM without this package, with it, and with it and decoder stages. Every image is
 unseen, so no cache hides a prefill. Each figure is the median of the rounds; ratios are taken
@@ -118,7 +122,7 @@ class Probe:
             max_model_len=context,
             max_num_seqs=max(batch, 2),
             max_num_batched_tokens=context * max(batch, 2),
-            limit_mm_per_prompt={"image": 1},
+            limit_mm_per_prompt=kind.limits,
             enable_prefix_caching=False,
             async_scheduling=False,  # an output is then of the step that made it
             **options,
@@ -178,7 +182,7 @@ class Probe:
             {"mm_processor_kwargs": {"reduction": asked["reduction"]}} if asked["reduction"] else {}
         )
         kind = self.kind
-        requests = prompts(asked["seed"], asked["batch"], WORDS, kind.side, kind.image)
+        requests = prompts(asked["seed"], asked["batch"], WORDS, kind.side, kind.image, kind.frames)
         self.spent.clear()
         self.timed_stages = asked["stages"]
         self.memory.start()
@@ -298,7 +302,11 @@ def tower_flops(
 ) -> int:
     """Of all layers that run, with the tokens that each has before and behind its reduction."""
     plans = geometry.parts(reduction, layout=layout) if reduction else []
-    in_tower = reduction is not None and reduction.spec.place == "tower"
+    in_tower = (
+        reduction is not None and geometry.place_of(reduction.spec, layout.is_video) == "tower"
+    )
+    if layout.is_video:  # all of its frames, whatever stays of them
+        plans = []
     flops, cls = 0, int(geometry.has_cls)
     for plan in plans or [None] * layout.inputs:
         keep_after = dict(plan.stages) if plan and in_tower else {}

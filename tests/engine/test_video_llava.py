@@ -210,6 +210,21 @@ def in_the_decoder(closed: bool) -> list[Ask]:
     ]
 
 
+def check_numbers(engine: Engine, reference: ReferenceVideos) -> None:
+    """Methods in the decoder are told where the tokens stand that are left of a video."""
+    reduction = Reduction.parse(wish("vitcop", 30, 20, 9))
+    reference.visual_tokens(clip(5), VISION["vitcop"], 30)
+    layout = engine.llm.renderer.get_mm_processor().video_layout(5)
+    with torch.inference_mode():
+        (made,) = engine.model.embed_multimodal(
+            pixel_values_videos=reference.pixels[None],
+            **{PACKED_FIELDS["video"]: [pack(reduction, layout)]},
+        )
+    assert made.leaving.places.tolist() == reference.place
+    spots = made.leaving.raster.spots(made.leaving.places)
+    torch.testing.assert_close(spots, torch.tensor(reference.spots))
+
+
 # --- LLaVA-OneVision ----------------------------------------------------------------------------
 
 
@@ -340,6 +355,7 @@ def test_onevision_in_the_decoder(tmp_path: Path) -> None:
         if engine.interpreted:  # Model Runner V2, in Triton's interpreter: see test_tiles.py
             check(engine, reference, asks[::6], STAGES)
             return
+        check_numbers(engine, reference)
         outputs = check(engine, reference, asks, STAGES, times=2)
         assert sum(output.num_cached_tokens > 0 for output in outputs) > 2
 
@@ -354,4 +370,5 @@ def test_next_video(tmp_path: Path) -> None:
     options = {**STAGED, **ROOMY, "limit_mm_per_prompt": {"video": 1}}
     asks = [*of_every_length(False), *of_every_method(False), *in_the_decoder(False)]
     with contextmanager(make_engine)(checkpoint, **options) as engine:
+        check_numbers(engine, reference)
         check(engine, reference, asks, STAGES, times=2)

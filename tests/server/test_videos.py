@@ -5,18 +5,23 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from vllm.config import ModelConfig
 from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import (
     decode_mm_kwargs_item,
     encode_mm_kwargs_item,
 )
 from vllm.exceptions import VLLMClientError, VLLMValidationError
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import PlaceholderRange
+from vllm.plugins import load_general_plugins
 
 from ficoco_server.media import Connector
 from ficoco_server.metrics import Observation
@@ -26,6 +31,12 @@ from ficoco_server.reducer import Reducer
 from ficoco_server.serving import _with_visual
 from loadtest.__main__ import main
 from loadtest.traffic import video as video_of_squares
+from tests.checkpoints import (
+    random_llava_next,
+    random_llava_next_video,
+    random_llava_onevision,
+    random_qwen,
+)
 from tests.server.conftest import API_KEY, MODEL, Server, user, value
 from tests.server.conftest import image as picture_part
 from tests.server.test_http import chat
@@ -42,6 +53,10 @@ from vllm_ficoco.vision.layout import Layout
 URL = "data:video/mp4;base64,AAAA"
 PICTURE, FILM = Layout((4, 4)), Layout((4, 5), frames=8)
 """Of 16 and 160 tokens."""
+
+
+ONE_SEQUENCE = (random_llava_next_video, random_llava_onevision)
+"""Models of which a video's tokens follow one another; in Qwen3-VL text stands between frames."""
 
 
 def image(**said: Any) -> dict[str, Any]:
@@ -365,6 +380,28 @@ def test_one_step_encodes_videos(reducer: Reducer) -> None:
         reducer.refuse_too_many(asked, settings, [False] * 3, made)
     assert "2 images and 1 video of 192 visual tokens in the tower" in str(refused.value)
     assert "images and videos of 191 visual tokens there, or fewer" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "modalities"),
+    [
+        (random_llava_next, ["image"]),
+        (random_llava_next_video, ["video"]),
+        (random_llava_onevision, ["image", "video"]),
+        (partial(random_qwen, family="qwen3-vl"), ["image", "video"]),
+    ],
+)
+def test_what_a_server_says_of_its_model(make: Any, modalities: list[str], tmp_path: Path) -> None:
+    load_general_plugins()
+    model = ModelConfig(model=str(make(tmp_path / "model")))
+    processor = MULTIMODAL_REGISTRY.create_processor(model)
+    cache = SimpleNamespace(block_size=32, cache_dtype="auto", effective_attention_block_size=32)
+    config = SimpleNamespace(model_config=model, cache_config=cache)
+    about = Reducer(config, Policy(), processor, 2048).describe()
+    assert about["model"]["modalities"] == modalities
+    for modality, methods in ("image", "methods"), ("video", "video_methods"):
+        assert ("score" in about["policy"][methods]) == (modality in modalities)
+    assert ("vidcom2" in about["policy"]["video_methods"]) == (make in ONE_SEQUENCE)
 
 
 # --- Files --------------------------------------------------------------------------------------
