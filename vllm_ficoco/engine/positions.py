@@ -130,11 +130,12 @@ def shortened(
         grid: Any = feature.data[f"{feature.modality}_grid_thw"].data
         runs = _visual(own, feature.modality, int(grid[0]), marks)
         each = int(grid.prod()) // merge_size**2 // len(runs)
-        done = 0
+        # All of a reduced video's tokens come with their places, those of a whole frame among them.
+        is_reduced, done = any(kept != each for _, kept in runs), 0
         for first, kept in runs:
             whole_tokens += own[done:first]
             done = first + kept
-            if kept != each:
+            if is_reduced:
                 cuts.append((len(whole_tokens), kept, each))
             token = own[first] if marks is None or kept else marks[1]
             whole_tokens += own[first:done] if kept == each else [token] * each

@@ -301,7 +301,8 @@ class ReducingProcessor:
             for modality, settings in asked.items():
                 if not any(settings):
                     continue
-                refused = self.geometry.unsupported
+                unsupported = self.geometry.unsupported
+                refused = f"left out: {unsupported}" if unsupported else ""
                 if not refused and isinstance(items[modality], _EMBEDDINGS):
                     refused = f"left out with {modality}_embeds inputs"
                 if refused:

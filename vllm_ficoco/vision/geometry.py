@@ -488,7 +488,7 @@ def geometry_of(config: Any) -> Geometry:
         )
     if getattr(config, PRUNED_KEY, False):
         raise UnsupportedModel(
-            "left out on a server with --video-pruning-rate, by which vLLM prunes every video"
+            "with --video-pruning-rate vLLM prunes every video of a server itself"
         )
     geometry = _llava(config) if str(family).startswith("llava") else _native(vision)
     return geometry._replace(
