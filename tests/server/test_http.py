@@ -354,7 +354,7 @@ def on_image(**said: Any) -> dict[str, Any]:
         (
             {"messages": user({"type": "text", "text": "a", "visual_token_budget": 64})},
             "messages[0].content[0].visual_token_budget",
-            ["on an image or on the request"],
+            ["on an image, on a video or on the request"],
         ),
         (on_request(visual_token_budget=64, max_tokens=99999), "max_tokens", ["max_model_len"]),
     ],
@@ -536,6 +536,7 @@ def test_about_reduction(server: Server) -> None:
         "layout": "fixed",
         "grid": [12, 12],
         "visual_tokens": TOKENS,
+        "modalities": ["image"],
         "tower_layers": 9,
         "has_cls": True,
         "decoder_stages": [],
@@ -644,6 +645,7 @@ def test_clients_cannot_make_series(server: Server) -> None:
     assert labels.pop("method") <= {*METHODS, "mixed", "invalid"}
     assert labels.pop("outcome") <= {"success", "error", "refused", "cancelled"}
     assert labels.pop("stage") == {"input", "kept"}
+    assert labels.pop("modality") == {"image"}
     edges = {"<=32", "<=64", "<=128", "<=192", "<=256", "<=576", ">576"}
     assert labels.pop("budget") <= {*edges, "full", "text", "mixed"}
     assert labels.pop("rung", set()) <= {"N", "N/3", "2N/9", "N/9"}  # the server's own

@@ -477,6 +477,7 @@ def test_a_crowded_server_gives_less_and_says_so(small: Server) -> None:
         assert held(chat(small, conftest.image(13), stream=True)) == [LESS]
         first = respond(small, turn(input_image(14)))
         assert held(first["reduction"]["images"]) == [LESS]
+    with crowded(small):  # by another long answer: the first one may soon be over
         streamed = respond(small, turn(input_image(15)), stream=True)
         assert held(streamed["reduction"]["images"]) == [LESS]
         # Images of earlier turns follow the request.

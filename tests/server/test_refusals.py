@@ -307,7 +307,7 @@ def test_colour_in_16_bits_stays_as_it_is(server: Server) -> None:
 
 async def test_a_request_that_fails_at_once_has_prefilled_nothing() -> None:
     def counted() -> float:
-        return VISUAL_TOKENS.labels("kept", "topk")._value.get()
+        return VISUAL_TOKENS.labels("kept", "topk", "image")._value.get()
 
     async def engine(token_ids: list[int]) -> AsyncIterator[Any]:
         output = SimpleNamespace(index=0, token_ids=token_ids, finish_reason="error")
