@@ -2,7 +2,7 @@
 """The pixels of CLIP's and SigLIP's image processors, bit by bit, in less than half of their time.
 
 It is the processor's own resizing, cutting and scaling, in its order and by its options. Left out
-are what it does for every call (checking and completing options) and two copies of the image. And
+are what it does for every call (checking and completing options) and a copy of the pixels. And
 between cutting and scaling the levels are put in the order of planes: they come out of resizing
 pixel by pixel, where scaling, whose means are one a plane, is several times slower.
 """
