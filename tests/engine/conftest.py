@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,42 @@ class Engine:
         request = next(r for key, r in self.scheduler.requests.items() if key.split("-")[0] == name)
         blocks = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
         return request.num_computed_tokens, len(blocks[0])
+
+
+def check_answers(
+    engine: Engine,
+    asks: Sequence[Any],
+    truths: Sequence[Any],
+    check_counts: Callable[[int, Any], None],
+    times: int = 1,
+) -> list[tuple[Any, Any]]:
+    """All in one batch, perhaps again: logits and tokens are the reference's, and no block leaks.
+
+    Args:
+        engine: that is asked.
+        asks: the requests.
+        truths: what the reference says to each: ``first_logits`` and ``tokens``.
+        check_counts: of a request's number and what the processor makes of it.
+        times: how often.
+
+    Returns:
+        What the processor made of each the last time, and what came out.
+    """
+    for _ in range(times):
+        free, everything = engine.free_blocks, []
+        for number, ask in enumerate(asks):
+            everything.append(engine.rendered(ask))
+            check_counts(number, everything[number])
+            engine.add(ask, str(number), everything[number])
+        outputs = engine.finished()
+        assert engine.free_blocks == free
+        for number, (ask, truth) in enumerate(zip(asks, truths, strict=True)):
+            made, words = outputs[str(number)].outputs[0], len(truth.first_logits)
+            logits = torch.tensor([made.logprobs[0][word].logprob for word in range(words)])
+            far = float((logits - truth.first_logits).abs().max())
+            assert far < 1e-3, f"{far} apart: {ask}"
+            assert list(made.token_ids) == truth.tokens, ask
+    return [(everything[number], outputs[str(number)]) for number in range(len(asks))]
 
 
 def check_samples(engine: Engine, settings: dict[str, Any]) -> None:

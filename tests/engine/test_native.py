@@ -25,7 +25,7 @@ from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from tests.checkpoints import NATIVE, random_qwen
-from tests.engine.conftest import Ask, Engine, make_engine
+from tests.engine.conftest import Ask, Engine, check_answers, make_engine
 from tests.engine.test_decoder_stages import STAGED, STAGES, VISION, wish
 from tests.engine.test_decoder_stages import expected as staged
 from tests.engine.test_stage_variants import interpreted
@@ -238,28 +238,22 @@ def check(engine: Engine, reference: ReferenceQwen, asks: Sequence[Shown], times
     """All in one batch, perhaps again: of the last time, how many prompts were found in the prefix
     cache up to the middle of a reduced image."""
     truths = [expected(reference, ask) for ask in asks]
-    for _ in range(times):
-        free, inside = engine.free_blocks, 0
-        everything = [engine.rendered(ask) for ask in asks]
-        for number, (ask, truth) in enumerate(zip(asks, truths, strict=True)):
-            check_counts(reference, truth, everything[number])
-            engine.add(ask, str(number), everything[number])
-        outputs = engine.finished()
-        assert engine.free_blocks == free
-        for number, (ask, truth) in enumerate(zip(asks, truths, strict=True)):
-            output, words = outputs[str(number)], len(truth.first_logits)
-            first = output.outputs[0].logprobs[0]
-            logits = torch.tensor([first[word].logprob for word in range(words)])
-            far = float((logits - truth.first_logits).abs().max())
-            assert far < 1e-3, f"{far} apart: {ask}"
-            assert list(output.outputs[0].token_ids) == truth.tokens, ask
-            placed = everything[number].get("mm_placeholders", {})
-            places = [*placed.get("video", []), *placed.get("image", [])]
-            settings = [*(given for _, given in ask.films), *ask.settings]
-            inside += any(
-                given and place.offset < output.num_cached_tokens < place.offset + place.length
-                for place, given in zip(places, settings, strict=True)
-            )
+    inside = 0
+    made = check_answers(
+        engine,
+        asks,
+        truths,
+        lambda i, rendered: check_counts(reference, truths[i], rendered),
+        times,
+    )
+    for ask, (rendered, output) in zip(asks, made, strict=True):
+        placed = rendered.get("mm_placeholders", {})
+        places = [*placed.get("video", []), *placed.get("image", [])]
+        settings = [*(given for _, given in ask.films), *ask.settings]
+        inside += any(
+            given and place.offset < output.num_cached_tokens < place.offset + place.length
+            for place, given in zip(places, settings, strict=True)
+        )
     return inside
 
 

@@ -20,7 +20,7 @@ import torch
 from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
 
 from tests.checkpoints import VIDEO_TOKEN, random_llava_next_video, random_llava_onevision
-from tests.engine.conftest import Ask, Engine, make_engine, picture
+from tests.engine.conftest import Ask, Engine, check_answers, make_engine, picture
 from tests.engine.test_decoder_stages import STAGED, STAGES, VISION, expected, wish
 from tests.engine.test_tiles import FIRST_LOGITS, IMAGE, ROOMY, to
 from tests.reference.decoder import CHOOSE
@@ -158,21 +158,10 @@ def check(
     with one_thread():
         truths = [expected(reference, ask, engine.block, stages) for ask in asks]
     whole = {item: counts(reference, item) for ask in asks for item in ask.items}
-    for _ in range(times):
-        free = engine.free_blocks
-        for number, ask in enumerate(asks):
-            rendered = engine.rendered(ask)
-            check_counts(whole, ask, rendered)
-            engine.add(ask, str(number), rendered)
-        outputs = engine.finished()
-        assert engine.free_blocks == free
-        for number, (ask, truth) in enumerate(zip(asks, truths, strict=True)):
-            made, words = outputs[str(number)].outputs[0], len(truth.first_logits)
-            logits = torch.tensor([made.logprobs[0][word].logprob for word in range(words)])
-            far = float((logits - truth.first_logits).abs().max())
-            assert far < 1e-3, f"{far} apart: {ask}"
-            assert list(made.token_ids) == truth.tokens, ask
-    return [outputs[str(number)] for number in range(len(asks))]
+    made = check_answers(
+        engine, asks, truths, lambda i, rendered: check_counts(whole, asks[i], rendered), times
+    )
+    return [output for _, output in made]
 
 
 def check_counts(whole: dict[Any, int], ask: Show, rendered: dict[str, Any]) -> None:
