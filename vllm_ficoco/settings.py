@@ -27,6 +27,9 @@ MAX_BUDGET = 1_000_000
 AUTO = "auto"
 """The budget that an image gets by what is in it."""
 
+A_NUMBER_FOR_A_VIDEO = "a number for a video: only images say what they need"
+"""In the words of a refusal of :data:`AUTO`."""
+
 AUTO_BUDGETS = ("1", "1/3", "2/9", "1/9")
 """The budgets among which ``auto`` chooses where nothing was set, see :func:`schedule.rung`."""
 
@@ -467,7 +470,7 @@ def _of_items(
         made = Reduction.of_budget(value, field) if of_budgets else Reduction.parse(value, field)
         if modality == "video" and count and isinstance(made, AutoBudget):
             field = field if of_budgets else f"{field}.budget"
-            raise SettingsError(field, AUTO, "a number for a video: only images say what they need")
+            raise SettingsError(field, AUTO, A_NUMBER_FOR_A_VIDEO)
         return made
 
     if value is None:

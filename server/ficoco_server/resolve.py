@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ficoco_server.policy import BY_POLICY, Policy
 from vllm_ficoco.schedule import average_over_layers
 from vllm_ficoco.settings import (
+    A_NUMBER_FOR_A_VIDEO,
     AUTO,
     BUDGET_KEY,
     MAX_BUDGET,
@@ -305,8 +306,7 @@ def _admit(policy: Policy, wish: Wish, image: Level, geometry: Geometry) -> Sett
         )
     field = f"{wish.field}.budget" if whole else wish.field
     if is_video and isinstance(wish.budget, Waiting):
-        allowed = "a number for a video: only images say what they need"
-        raise SettingsError(field, _word(wish.budget), allowed)
+        raise SettingsError(field, _word(wish.budget), A_NUMBER_FOR_A_VIDEO)
     reduction: Reduction
     if isinstance(wish.budget, Waiting):
         reduction = wish.budget.with_method(wish.method, wish.options)

@@ -142,9 +142,8 @@ class ReducingTower:
                 if i not in seen:
                     hidden = self._run(hidden, range(i, i + 1))
                     continue
-                hidden, *heads = self._attend(layer, hidden, None)
+                hidden, *heads = self._see(layer, hidden)
                 seen[i].append((heads[0], heads[1]))
-                hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
             outputs.append(hidden[:, first:])
         with self.timer(method.name):
             evidence = []
@@ -180,8 +179,7 @@ class ReducingTower:
         layer, seen = self.vision_model.encoder.layers[last], []
         for some in pixels.split(at_once):
             hidden = self._run(self._embed(some), range(last))
-            hidden, *heads = self._attend(layer, hidden, None)
-            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+            hidden, *heads = self._see(layer, hidden)
             seen.append(pooled(hidden[:, first:], *heads))
         tokens, query, key = (torch.cat(parts) for parts in zip(*seen, strict=True))
         return tokens, self._evidence(layer, query, key, pixels, Window(0, 0, *self.geometry.grid))
@@ -285,6 +283,11 @@ class ReducingTower:
             mixed = mixed.transpose(1, 2).flatten(2)
         output, _ = attention.out_proj(mixed)
         return hidden + output, query, key
+
+    def _see(self, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A whole layer in which no token leaves, and its queries and keys, as :meth:`_attend`."""
+        hidden, query, key = self._attend(layer, hidden, None)
+        return hidden + layer.mlp(layer.layer_norm2(hidden)), query, key
 
     def _evidence(
         self,
