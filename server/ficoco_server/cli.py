@@ -46,6 +46,7 @@ FLAGS = (
     ("high-budget", "TOKENS", 'budget of "detail": "high" (default: no reduction)'),
     ("auto-budgets", "LIST", "among which auto chooses (default: 1,1/3,2/9,1/9 of the tokens)"),
     ("graphs", "LIST", "settings in CUDA graphs of LLaVA-1.5's tower, as in score@64,score@1/9"),
+    ("preview", "on|off", "whether POST /v1/reduction/preview shows what is kept (default: on)"),
     ("pressure", "HIGH:LOW", "loads at which budgets begin and end to yield (default: never)"),
 )  # fmt: skip
 

@@ -93,6 +93,8 @@ class Policy(BaseModel):
     """Among which ``auto`` chooses, descending: shares of an image's tokens or numbers of them."""
     graphs: tuple[str, ...] = ()
     """Settings whose images run in CUDA graphs of the tower, see :func:`settings.declared`."""
+    preview: bool = True
+    """Whether ``POST /v1/reduction/preview`` is there."""
     pressure: Marks | None = None
     """Loads at which budgets that nobody has said begin and end to yield; by default never."""
 
@@ -118,6 +120,10 @@ class Policy(BaseModel):
                 given[name] = _declared(name, text)
             elif name == "default_method":
                 given[name] = text
+            elif name == "preview":
+                if text.lower() not in ("on", "off"):
+                    raise _wrong(name, text, "on or off")
+                given[name] = text.lower() == "on"
             elif name == "pressure":
                 given[name] = None if text.lower() == NO_REDUCTION else _marks(name, text)
             elif text.lower() != NO_REDUCTION:

@@ -38,6 +38,20 @@ class ReducingLlavaProcessor(ReducingProcessor, LlavaMultiModalProcessor):
             return None
         return PlainPixels(self.info.get_hf_processor().image_processor)
 
+    def seen_of(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """CLIP's processors scale an image by its shorter side and cut the middle out."""
+        processor = self.info.get_hf_processor().image_processor
+        if not getattr(processor, "do_center_crop", False):
+            return super().seen_of(width, height)
+        shortest = (processor.size or {}).get("shortest_edge")
+        scale = shortest / min(width, height) if processor.do_resize and shortest else 1.0
+        seen = []
+        for side, name in ((width, "width"), (height, "height")):
+            share = processor.crop_size[name] / (side * scale)
+            seen.append(((1 - share) / 2, (1 + share) / 2))
+        (left, right), (top, bottom) = seen
+        return left, top, right, bottom
+
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
