@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``vllm-ficoco`` command: vLLM's ``serve`` and ``run-batch`` with our plugins and defaults.
+"""The ``vllm-ficoco`` command: vLLM's ``serve`` and ``run-batch`` with our plugins and defaults,
+and a client.
 
 Everything that vLLM and prometheus_client read from the environment while they are imported must
 be set before, so neither is imported at the top.
@@ -66,9 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"vllm-ficoco {__version__}")
         return
+    if arguments[0] == "preview":  # a client
+        from ficoco_server import picture
+
+        return picture.main(arguments[1:])
     commands = {"serve": serve, "run-batch": run_batch}
     if arguments[0] not in commands:
-        parser.error(f"unknown command {arguments[0]!r}; there are: {', '.join(commands)}")
+        there = ", ".join([*commands, "preview"])
+        parser.error(f"unknown command {arguments[0]!r}; there are: {there}")
     flags, rest = parser.parse_known_args(arguments[1:])
     said = flags.__dict__.pop("stages") or os.environ.get("FICOCO_STAGES")
     stages = _layers(parser, said)
@@ -276,7 +282,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-ficoco",
         usage="vllm-ficoco serve MODEL [options] [any option of `vllm serve`]\n"
-        "       vllm-ficoco run-batch -i INPUT -o OUTPUT --model MODEL [any of `vllm run-batch`]",
+        "       vllm-ficoco run-batch -i INPUT -o OUTPUT --model MODEL [any of `vllm run-batch`]\n"
+        "       vllm-ficoco preview IMAGE --out FILE [--budget TOKENS] [--help]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="vLLM's own options: vllm-ficoco serve --help=all, vllm-ficoco run-batch --help=all",
