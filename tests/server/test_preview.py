@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +19,17 @@ from PIL import Image
 
 from tests.server.conftest import API_KEY, MODEL, TOKENS, Server, image, picture, user, value
 from tests.server.test_http import chat
+from vllm_ficoco.tiny_llava import CHECKPOINT
 
 pytestmark = pytest.mark.server
 
 PATH = "/v1/reduction/preview"
+
+README = (Path(__file__).parents[2] / "README.md").read_text().split("### A preview")[1]
+README_COMMAND = (
+    shlex.split(README.split("```bash\n")[1].split("```")[0]),
+    README.split("```text\n")[1].split("```")[0],
+)
 
 
 def look(server: Server, seed: int = 0, size: tuple[int, int] = (168, 168), **body: Any) -> Any:
@@ -250,9 +257,12 @@ def test_images_at_their_own_resolution(native: Server) -> None:
 
 
 def test_the_command_draws_it(server: Server, tmp_path: Path) -> None:
-    data = base64.b64decode(picture(2).partition(",")[2])
-    (tmp_path / "image.png").write_bytes(data)
-    command = [sys.executable, "-m", "ficoco_server.cli", "preview", "image.png", "--out=kept.png"]
+    example = CHECKPOINT / "examples/night.png"
+    data = example.read_bytes()
+    (name, *said), shown = README_COMMAND
+    assert name == "vllm-ficoco"
+    said = [str(example) if word.endswith("night.png") else word for word in said]
+    command = [sys.executable, "-m", "ficoco_server.cli", *said]
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -264,9 +274,8 @@ def test_the_command_draws_it(server: Server, tmp_path: Path) -> None:
             check=False,
         )
 
-    done = run("--method=uniform", "--budget=48", "--json=said.json")
-    assert done.returncode == 0, done.stderr
-    assert "uniform: 48 of 144 visual tokens kept; drawn to kept.png" in done.stdout
+    done = run("--json=said.json")
+    assert done.returncode == 0 and done.stdout == shown, done.stderr
     kept = json.loads((tmp_path / "said.json").read_text())["kept"]
     drawn, whole = Image.open(tmp_path / "kept.png"), Image.open(io.BytesIO(data)).convert("RGB")
     for place in range(TOKENS):
