@@ -345,6 +345,7 @@ class Handler:
         self.running -= 1
         places = Places(Layout((2, 2)), False, WHOLE)
         chat._shown = server_preview.Shown(places, 8, 8, None, False)
+        chat._report = {"images": [{"visual_tokens_kept": 4}]}
         return SimpleNamespace(model="m")
 
 
@@ -385,9 +386,12 @@ async def test_previews_stand_back_and_can_be_switched_off() -> None:
 
 
 def test_why_there_are_no_previews() -> None:
-    def why(extension: str = WORKER_EXTENSION, on: bool = True, **more: Any) -> str:
+    def why(
+        extension: str = WORKER_EXTENSION, on: bool = True, elsewhere: Any = None, **more: Any
+    ) -> str:
         config: Any = SimpleNamespace(
-            parallel_config=SimpleNamespace(worker_extension_cls=extension)
+            parallel_config=SimpleNamespace(worker_extension_cls=extension),
+            ec_transfer_config=elsewhere,
         )
         reducer: Any = SimpleNamespace(
             policy=SimpleNamespace(preview=on),
@@ -400,5 +404,6 @@ def test_why_there_are_no_previews() -> None:
     assert why() == ""
     assert "--reduction-preview" in why(on=False)
     assert "--worker-extension-cls mine.Extension" in why("mine.Extension")
+    assert "--ec-transfer-config" in why(elsewhere="another server")
     assert "no such model" in why(geometry=Geometry.none("no such model"))
     assert "no images" in why(modalities=["video"])

@@ -198,6 +198,8 @@ class Previews:
         seen = chat._shown
         steps = await self._fetch(str(chat._mark)) if any(_reduced(chat)) else []
         found = followed(seen.places, steps, self.reducer.geometry.layers - 1)
+        if len(found["kept"]) != (held := _held_at_the_end(chat._report)):
+            raise RuntimeError(f"{held} tokens are held, and {len(found['kept'])} were seen")
         if seen.resized:
             kept = {"kept": found["kept"], "left": [], "into": None}
             found["stages"].insert(0, {"where": "input", "layer": None, **kept})
@@ -227,9 +229,20 @@ def _reduced(chat: ChatRequest) -> list[Any]:
     return [one.reduction for one in chat._settled]
 
 
-@with_cancellation
-async def preview(request: PreviewRequest, raw_request: Request) -> JSONResponse:
+def _held_at_the_end(report: Any) -> int:
+    """Visual tokens of the one image of a report in the decoder's last layers."""
+    (image,) = report["images"]
+    held: int = image.get("visual_tokens_by_stage", [image["visual_tokens_kept"]])[-1]
+    return held
+
+
+async def preview(request: PreviewRequest, raw_request: Request) -> Any:
     """Which tokens of an image a reduction keeps, and what becomes of the others."""
+    return await _answer(request, raw_request)
+
+
+@with_cancellation
+async def _answer(request: PreviewRequest, raw_request: Request) -> JSONResponse:
     state = raw_request.app.state
     previews: Previews = state.ficoco_previews
     try:
@@ -260,6 +273,8 @@ def obstacle(vllm_config: Any, reducer: Reducer) -> str:
     if reducer.geometry.unsupported or "image" not in reducer.modalities:
         reason = reducer.geometry.unsupported or "no images of this model can be reduced"
         return f"There is nothing to preview: {reason}."
+    if vllm_config.ec_transfer_config is not None:
+        return "There are no previews where other servers encode the images (--ec-transfer-config)."
     extension = vllm_config.parallel_config.worker_extension_cls
     if extension != WORKER_EXTENSION:
         return (

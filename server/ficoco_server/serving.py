@@ -80,7 +80,8 @@ def install(engine_client: Any, state: Any) -> None:
         state.serving_tokens.reducer = reducer
     reducer.no_previews = obstacle(engine_client.vllm_config, reducer)
     state.ficoco = reducer
-    state.ficoco_previews = Previews(reducer, engine_client, busy(engine_client, reducer.pressure))
+    no_time = (lambda: True) if reducer.no_previews else busy(engine_client, reducer.pressure)
+    state.ficoco_previews = Previews(reducer, engine_client, no_time)
 
 
 def _check_stages(said: str, starts: Sequence[int]) -> None:
