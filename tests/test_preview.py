@@ -402,7 +402,7 @@ def test_why_there_are_no_previews() -> None:
         return obstacle(config, reducer)
 
     assert why() == ""
-    assert "--reduction-preview" in why(on=False)
+    assert "--no-preview" in why(on=False)
     assert "--worker-extension-cls mine.Extension" in why("mine.Extension")
     assert "--ec-transfer-config" in why(elsewhere="another server")
     assert "no such model" in why(geometry=Geometry.none("no such model"))

@@ -47,7 +47,6 @@ FLAGS = (
     ("high-budget", "TOKENS", 'budget of "detail": "high" (default: no reduction)'),
     ("auto-budgets", "LIST", "among which auto chooses (default: 1,1/3,2/9,1/9 of the tokens)"),
     ("graphs", "LIST", "settings in CUDA graphs of LLaVA-1.5's tower, as in score@64,score@1/9"),
-    ("preview", "on|off", "whether POST /v1/reduction/preview shows what is kept (default: on)"),
     ("pressure", "HIGH:LOW", "loads at which budgets begin and end to yield (default: never)"),
 )  # fmt: skip
 
@@ -77,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unknown command {arguments[0]!r}; there are: {there}")
     flags, rest = parser.parse_known_args(arguments[1:])
     said = flags.__dict__.pop("stages") or os.environ.get("FICOCO_STAGES")
+    if flags.__dict__.pop("no_preview"):
+        os.environ["FICOCO_PREVIEW"] = "0"
     stages = _layers(parser, said)
     if stages:  # so that the server can tell that it has them
         os.environ["FICOCO_STAGES"] = ",".join(map(str, stages))
@@ -301,6 +302,9 @@ def _parser() -> argparse.ArgumentParser:
         group.add_argument(
             f"--reduction-{name}", dest=name.replace("-", "_"), metavar=metavar, help=text
         )
+    group.add_argument(
+        "--no-preview", action="store_true", help="no /v1/reduction/preview (FICOCO_PREVIEW=0)"
+    )
     return parser
 
 

@@ -121,9 +121,7 @@ class Policy(BaseModel):
             elif name == "default_method":
                 given[name] = text
             elif name == "preview":
-                if text.lower() not in ("on", "off"):
-                    raise _wrong(name, text, "on or off")
-                given[name] = text.lower() == "on"
+                given[name] = _switch(name, text)
             elif name == "pressure":
                 given[name] = None if text.lower() == NO_REDUCTION else _marks(name, text)
             elif text.lower() != NO_REDUCTION:
@@ -316,6 +314,14 @@ def _marks(name: str, text: str) -> Marks:
             "the second not above the first"
         )
         raise _wrong(name, text, allowed) from None
+
+
+def _switch(name: str, text: str) -> bool:
+    if text not in ("0", "1"):
+        raise PolicyError(
+            f"{ENVIRONMENT_PREFIX}{name.upper()}={text} is not valid: it must be 1, or 0 for none"
+        )
+    return text == "1"
 
 
 def _budget(name: str, text: str) -> int:

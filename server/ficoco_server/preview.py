@@ -269,7 +269,7 @@ def obstacle(vllm_config: Any, reducer: Reducer) -> str:
         reducer: of the server.
     """
     if not reducer.policy.preview:
-        return "Previews are switched off (--reduction-preview, FICOCO_PREVIEW)."
+        return "Previews are switched off (--no-preview, FICOCO_PREVIEW=0)."
     if reducer.geometry.unsupported or "image" not in reducer.modalities:
         reason = reducer.geometry.unsupported or "no images of this model can be reduced"
         return f"There is nothing to preview: {reason}."
