@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import CLIPImageProcessor
 from vllm.exceptions import GracefulHTTPError
 
+from ficoco_server import cli
 from ficoco_server import preview as server_preview
 from ficoco_server.picture import DIMMED, draw
 from ficoco_server.places import Places, followed
+from ficoco_server.policy import Policy
 from ficoco_server.preview import WAITING, PreviewRequest, Previews, obstacle
 from tests.reference import methods as reference
 from tests.test_methods import VARIANTS, Row, evidence_at, images, relevance_of
@@ -383,6 +385,16 @@ async def test_previews_stand_back_and_can_be_switched_off() -> None:
             async with guarded.turn():
                 pass
         assert refused.value.http_status == status
+
+
+def test_the_flag_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "prepare", lambda *_: None)
+    monkeypatch.setattr(cli, "serve", lambda *_: None)
+    monkeypatch.setenv("FICOCO_PREVIEW", "1")
+    cli.main(["serve", "tiny-llava"])
+    assert Policy.from_environment().preview
+    cli.main(["serve", "tiny-llava", "--no-preview"])
+    assert not Policy.from_environment().preview
 
 
 def test_why_there_are_no_previews() -> None:
