@@ -93,6 +93,8 @@ class Policy(BaseModel):
     """Among which ``auto`` chooses, descending: shares of an image's tokens or numbers of them."""
     graphs: tuple[str, ...] = ()
     """Settings whose images run in CUDA graphs of the tower, see :func:`settings.declared`."""
+    preview: bool = True
+    """Whether ``POST /v1/reduction/preview`` is there."""
     pressure: Marks | None = None
     """Loads at which budgets that nobody has said begin and end to yield; by default never."""
 
@@ -118,6 +120,8 @@ class Policy(BaseModel):
                 given[name] = _declared(name, text)
             elif name == "default_method":
                 given[name] = text
+            elif name == "preview":
+                given[name] = _switch(name, text)
             elif name == "pressure":
                 given[name] = None if text.lower() == NO_REDUCTION else _marks(name, text)
             elif text.lower() != NO_REDUCTION:
@@ -310,6 +314,14 @@ def _marks(name: str, text: str) -> Marks:
             "the second not above the first"
         )
         raise _wrong(name, text, allowed) from None
+
+
+def _switch(name: str, text: str) -> bool:
+    if text not in ("0", "1"):
+        raise PolicyError(
+            f"{ENVIRONMENT_PREFIX}{name.upper()}={text} is not valid: it must be 1, or 0 for none"
+        )
+    return text == "1"
 
 
 def _budget(name: str, text: str) -> int:
