@@ -12,6 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from tests.engine.conftest import NEW_TOKENS, Ask, Engine, check_samples, picture
 from tests.reference.llava import ReferenceLlava
 from vllm_ficoco.methods import METHODS
+from vllm_ficoco.models import defaults
 from vllm_ficoco.settings import DEFAULT_METHOD
 
 pytestmark = pytest.mark.engine
@@ -86,6 +87,30 @@ def test_a_mixed_batch_generates_what_the_reference_does(
 ) -> None:
     asks = asks_of_every_kind()
     for ask, output in zip(asks, engine.generate(asks), strict=True):
+        check(reference, ask, output)
+
+
+def test_a_default_of_the_environment_is_held(
+    engine: Engine, reference: ReferenceLlava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the prompt had said it; what a prompt says wins, and whole images are in no cache of
+    the others'."""
+    processor = engine.llm.llm_engine.renderer.mm_processor
+    monkeypatch.setattr(defaults, "_settled", False)
+    monkeypatch.setenv("FICOCO_DEFAULT_BUDGET", "48")
+    monkeypatch.setenv("FICOCO_DEFAULT_METHOD", "tome")
+    at_start = type(processor)(processor.info, processor.dummy_inputs)
+    monkeypatch.setattr(processor, "_default", at_start._default)
+    tome = {"method": "tome", "budget": 48}
+    due = {
+        "one": (Ask([1]), Ask([1], [tome])),
+        "two": (Ask([2, 3]), Ask([2, 3], [tome, tome])),
+        "said": (Ask([1], [{"budget": 30}]), Ask([1], [{"budget": 30}])),
+        "whole": (Ask([1], [{"method": "none"}]), Ask([1], [None])),
+        "text": (Ask(), Ask()),
+    }
+    sent, meant = zip(*due.values(), strict=True)
+    for ask, output in zip(meant, engine.generate(sent), strict=True):
         check(reference, ask, output)
 
 
