@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from vllm_ficoco.models.config import ReducingConfig
+    from vllm_ficoco.models.defaults import tell_at_start
 
     if "ficoco_server" in os.environ.get("VLLM_PLUGINS", "").split(",") and _runs_vllm_batch():
         raise RuntimeError(
@@ -56,6 +58,9 @@ def register() -> None:
             "which VLLM_PLUGINS names: visual token budgets, reductions and the policy. "
             "Use `vllm-ficoco run-batch`, with the same arguments."
         )
+
+    if multiprocessing.parent_process() is None:  # once, not by every process of an engine
+        tell_at_start()
 
     for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, model)

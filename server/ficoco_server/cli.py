@@ -81,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stages = _layers(parser, said)
     if stages:  # so that the server can tell that it has them
         os.environ["FICOCO_STAGES"] = ",".join(map(str, stages))
+    if flags.alias:
+        flags.alias = ";".join(flags.alias)
     for name, value in vars(flags).items():
         if value is not None:
             os.environ[f"FICOCO_{name.upper()}"] = value
@@ -297,6 +299,14 @@ def _parser() -> argparse.ArgumentParser:
         dest="stages",
         metavar="LAYERS",
         help="decoder layers at which its methods reduce, as in 2,22 (default: none)",
+    )
+    group.add_argument(
+        "--reduction-alias",
+        dest="alias",
+        action="append",
+        metavar="NAME=BUDGET",
+        help='a name of the model with this default, or with NAME={"method": ..., "budget": ...}; '
+        "may be repeated (in FICOCO_ALIAS with semicolons)",
     )
     for name, metavar, text in FLAGS:
         group.add_argument(

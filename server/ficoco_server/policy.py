@@ -7,8 +7,10 @@ The policy comes from environment variables, so that every process of a server a
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -97,6 +99,9 @@ class Policy(BaseModel):
     """Whether ``POST /v1/reduction/preview`` is there."""
     pressure: Marks | None = None
     """Loads at which budgets that nobody has said begin and end to yield; by default never."""
+    alias: Mapping[str, Mapping[str, Any]] = {}
+    """Names under which clients find the model with another default for images: what each says of
+    method, budget and options. See :meth:`named`."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Policy:
@@ -124,6 +129,8 @@ class Policy(BaseModel):
                 given[name] = _switch(name, text)
             elif name == "pressure":
                 given[name] = None if text.lower() == NO_REDUCTION else _marks(name, text)
+            elif name == "alias":
+                given[name] = _aliases(name, text)
             elif text.lower() != NO_REDUCTION:
                 given[name] = _budget(name, text)
         policy = cls(**given)
@@ -180,6 +187,56 @@ class Policy(BaseModel):
                     f"{self.min_budget} to {limit}"
                 )
 
+        for name in self.alias:
+            reduction, whose = self.named(name), _whose(name)
+            if reduction.method not in (*self.methods, NO_REDUCTION):
+                raise PolicyError(
+                    f"{whose}: the method {reduction.method!r} is not among the allowed ones: "
+                    f"{', '.join(self.methods)} ({_names('methods')})"
+                )
+            if reduction.method == NO_REDUCTION and self.max_budget is not None:
+                raise PolicyError(
+                    f"{whose}: images may not stay unreduced, the largest budget is "
+                    f"{self.max_budget} ({_names('max_budget')})"
+                )
+            said = self.alias[name].get("budget")  # if by stage, or auto, the model is asked
+            if isinstance(said, int) and not self.min_budget <= said <= limit:
+                raise PolicyError(
+                    f"{whose}: the budget {said} is outside of the server's own limits, "
+                    f"{self.min_budget} to {limit}"
+                )
+
+    def named(self, alias: str) -> Reduction:
+        """What an image gets of which nobody says more than this name of the model.
+
+        Raises:
+            PolicyError: it is no setting.
+        """
+        said = {"method": self.default_method, **self.alias[alias]}
+        try:
+            reduction = Reduction.parse(said, "")
+        except SettingsError as error:
+            raise PolicyError(f"{_whose(alias)}: {str(error).removeprefix('.')}") from None
+        if isinstance(reduction, AutoBudget):
+            return self.auto().with_method(reduction.method, reduction.options)
+        return reduction
+
+    def check_names(self, served: Collection[str]) -> None:
+        """Whether names of the model with another default are nobody else's.
+
+        Args:
+            served: names of models and adapters that the server has.
+
+        Raises:
+            PolicyError: one is.
+        """
+        taken = [name for name in self.alias if name in served]
+        if taken:
+            raise PolicyError(
+                f"{_whose(taken[0])}: this server has a model or an adapter of this name; all that "
+                f"are taken: {', '.join(served)}"
+            )
+
     def check_model(self, geometry: Geometry, largest: Layout | None = None) -> None:
         """Whether the model can do what the server's defaults say.
 
@@ -201,6 +258,8 @@ class Policy(BaseModel):
                     f"budgets of this model cannot yield to pressure ({_names('pressure')}): "
                     f"{geometry.unsupported}"
                 )
+            for name in self.alias:
+                raise PolicyError(f"{_whose(name)}: {geometry.unsupported}")
             return
         video = largest is not None and largest.is_video  # a model that takes nothing else
         if reason := geometry.refuses(METHODS[self.default_method], video):
@@ -233,6 +292,9 @@ class Policy(BaseModel):
                     f"{error.allowed}"
                 ) from None
 
+        for name in self.alias:
+            self._check_alias(name, geometry, layout)
+
         for text in self.graphs if not geometry.by_image else ():
             method, rung = declared(text)
             (budget,) = schedule.ladder(geometry.tokens, [rung])
@@ -244,9 +306,30 @@ class Policy(BaseModel):
                     f"must be {error.allowed}"
                 ) from None
 
+    def _check_alias(self, name: str, geometry: Geometry, layout: Layout) -> None:
+        """Whether the model can do what one of its names says, with its largest image.
+
+        Raises:
+            PolicyError: why not.
+        """
+        reduction = self.named(name)
+        try:
+            check_reachable(reduction, geometry, layout)
+        except SettingsError as error:
+            raise PolicyError(f"{_whose(name)}, on this model: {error}") from None
+        if reduction.budget is None:
+            held = geometry.held(reduction, layout=layout)
+            average = math.ceil(schedule.average_over_layers(held, geometry.spans))
+            if not self.min_budget <= average <= (self.max_budget or MAX_BUDGET):
+                raise PolicyError(
+                    f"{_whose(name)}: it keeps {average} tokens on average, and must be "
+                    f"{self.limits('image')}"
+                )
+
     def graphed(self) -> list[str]:
         """What :data:`GRAPHS_KEY` of the model's configuration says: the settings of
-        ``graphs``, and those that images get by themselves or by a word (default, low, auto)."""
+        ``graphs``, and those that images get by themselves or by a word (default, low, auto, the
+        model's names)."""
         method, own = self.default_method, list[str]()
         if METHODS[method].fits_a_graph:
             budgets = (
@@ -258,6 +341,13 @@ class Policy(BaseModel):
                 self.max_budget,
             )
             own = [f"{method}@{budget}" for budget in budgets if budget not in (None, "1")]
+        for name in self.alias:
+            named = self.named(name)
+            usual = named.options == METHODS[named.method].options().model_dump(mode="json")
+            if METHODS[named.method].fits_a_graph and named.method != NO_REDUCTION and usual:
+                waits = isinstance(named, AutoBudget)
+                budgets = self.auto_budgets if waits else (named.budget,)
+                own += [f"{named.method}@{b}" for b in budgets if b not in (None, "1")]
         return list(dict.fromkeys([*self.graphs, *own]))
 
     def auto(self) -> AutoBudget:
@@ -292,6 +382,25 @@ class Policy(BaseModel):
         largest = self.largest(modality)
         upper = f" to {largest}" if largest else " on"
         return f"a budget from {self.min_budget}{upper}, {BY_POLICY}"
+
+
+def check_reachable(reduction: Reduction, geometry: Geometry, layout: Layout) -> None:
+    """Whether the model can do with an image of this layout what it gets by default.
+
+    Raises:
+        SettingsError: why not.
+    """
+    if reduction.method == NO_REDUCTION:
+        return
+    if isinstance(reduction, AutoBudget):  # the method need not reach the lower rungs
+        reduction = reduction.at(reduction.ladder(layout.tokens)[0])
+    geometry.check_method(reduction, video=layout.is_video)
+    geometry.stages(reduction, layout=layout)
+
+
+def _whose(alias: str) -> str:
+    """A name of the model, for messages."""
+    return f"the model name {alias!r} ({_names('alias')})"
 
 
 def _names(field: str) -> str:
@@ -338,6 +447,46 @@ def _budget(name: str, text: str) -> int:
 def _entries(text: str) -> tuple[str, ...]:
     """What stands between commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _aliases(name: str, text: str) -> dict[str, dict[str, Any]]:
+    """``fast=64; tiny={"method": "tome", "budget": 16}``, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    rest = text
+    try:
+        while rest := rest.lstrip("; \n"):
+            alias, _, rest = (part.strip() for part in rest.partition("="))
+            if rest.startswith("{"):
+                said, end = json.JSONDecoder().raw_decode(rest)
+                rest = rest[end:].lstrip()
+            else:
+                value, semicolon, rest = rest.partition(";")
+                said, rest = _said(value.strip()), semicolon + rest
+            if not alias or rest[:1] not in ("", ";"):
+                raise ValueError
+            if alias in found:
+                raise _wrong(name, text, f"with every name once, and {alias!r} is there twice")
+            found[alias] = said
+    except PolicyError:
+        raise
+    except (ValueError, RecursionError):
+        allowed = (
+            "NAME=BUDGET, a number, 'auto' or 'none', or "
+            'NAME={"method": METHOD, "budget": BUDGET}, with semicolons between several'
+        )
+        raise _wrong(name, text, allowed) from None
+    return found
+
+
+def _said(value: str) -> dict[str, Any]:
+    """What the budget of a name says.
+
+    Raises:
+        ValueError: it is no budget.
+    """
+    if value.lower() == NO_REDUCTION:
+        return {"method": NO_REDUCTION}
+    return {"budget": AUTO if value.lower() == AUTO else int(value)}
 
 
 def _declared(name: str, text: str) -> tuple[str, ...]:

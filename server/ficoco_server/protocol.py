@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 from pydantic import BaseModel, Field, PrivateAttr, WithJsonSchema, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 
 from ficoco_server.metrics import Observation
 from ficoco_server.resolve import DETAIL_KEY, Level, Settled, detail_of
@@ -63,6 +64,8 @@ class ReductionFields(BaseModel):
 
     turns: ClassVar[str]
     """The field that holds the messages."""
+    runs: ClassVar[bool] = True
+    """Whether the model is to see its prompt."""
 
     # Any: judged later, with one message for every mistake; the schema is for the API's docs.
     visual_token_budget: Annotated[
@@ -79,6 +82,8 @@ class ReductionFields(BaseModel):
         Field(default=None, description="Method, budget and options; see GET /v1/reduction.")
     )
 
+    _alias: str = PrivateAttr(default="")
+    """The name of the model that it was sent under, if that stands for a budget."""
     _asked: Asked = PrivateAttr(default_factory=Asked)  # a default would be copied, deeply
     _settled: list[Settled] = PrivateAttr(default_factory=list)
     """Of its images, then of its videos."""
@@ -122,6 +127,14 @@ class ResponseRequest(ReductionFields, ResponsesRequest):
     """A request to the responses API with a visual token budget."""
 
     turns: ClassVar[str] = "input"
+    field_names: ClassVar[set[str] | None] = None
+
+
+class TokensRequest(ReductionFields, TokenizeChatRequest):
+    """A request for the tokens of messages with a visual token budget."""
+
+    turns: ClassVar[str] = "messages"
+    runs: ClassVar[bool] = False
     field_names: ClassVar[set[str] | None] = None
 
 

@@ -135,6 +135,15 @@ class Reducer:
         packed = vllm_config.cache_config.effective_attention_block_size is None
         self.parts = schedule.parts(self._spans, self.block_size, packed)
 
+    def take_name(self, request: Any) -> None:
+        """Take a name of the model that stands for a budget for the model and that: vLLM, its logs
+        and its metrics know the model by its own name."""
+        name = request.model
+        if name in self.policy.alias:
+            request.model = self.model_name
+            if isinstance(request, ReductionFields):
+                request._alias = name
+
     def settle(self, request: ReductionFields, messages: Any) -> list[Reduction | None]:
         """The settings of every image of a request, then of every video: in this order they are
         everywhere in here.
@@ -156,6 +165,7 @@ class Reducer:
                 earlier = max(there[modality] - len(said), 0)
                 levels += [Level(modality=modality)] * earlier + [*said]
             budget, lower = request.visual_token_budget, bool(request._lowers)
+            alias = request._alias
             if (
                 levels
                 and request.reduction is None
@@ -163,11 +173,11 @@ class Reducer:
                 and not any(level.said for level in levels)
             ):
                 images = [
-                    self._of_budget(budget, at.embeds, at.named, at.modality, lower)
+                    self._of_budget(budget, at.embeds, at.named, at.modality, lower, alias)
                     for at in levels
                 ]
             else:
-                images = settled(self.policy, request.level, levels, self.geometry, lower)
+                images = settled(self.policy, request.level, levels, self.geometry, lower, alias)
             request._settled = images
             settings = [image.reduction for image in images]
             # Not by what is in an image: of a ladder, whatever it comes to.
@@ -183,7 +193,13 @@ class Reducer:
         return lru_cache(maxsize=1024, typed=True)(self._settle_alike)
 
     def _settle_alike(
-        self, budget: int | str | None, embeds: bool, named: bool, modality: str, lower: bool
+        self,
+        budget: int | str | None,
+        embeds: bool,
+        named: bool,
+        modality: str,
+        lower: bool,
+        alias: str,
     ) -> Settled:
         """What holds for an item of a request that says a budget, or nothing, of all its items.
 
@@ -193,13 +209,14 @@ class Reducer:
             named: it has a uuid.
             modality: of the item.
             lower: as of :func:`settled`.
+            alias: likewise.
 
         Raises:
             SettingsError: it cannot be used.
         """
         said = {} if budget is None else {BUDGET_KEY: budget}
         item = Level(embeds=embeds, named=named, modality=modality)
-        return settled(self.policy, Level(said=said), [item], self.geometry, lower)[0]
+        return settled(self.policy, Level(said=said), [item], self.geometry, lower, alias)[0]
 
     def fit(self, request: ReductionFields, engine_input: Any) -> list[Reduction | None]:
         """The settings of every image, once the prompt is rendered and their sizes are known.
@@ -562,6 +579,17 @@ class Reducer:
             and ((part := METHODS[name].decoder) is None or part.least_stages <= stages)
         ]
 
+    def _describe_alias(self, name: str) -> dict[str, Any]:
+        """What a name of the model stands for."""
+        named = self.policy.named(name)
+        waits = isinstance(named, AutoBudget)
+        budget = None if named.method == NO_REDUCTION else named.budget
+        return {
+            "method": named.method,
+            "budget": AUTO if waits else budget,
+            "options": named.options,
+        }
+
     def describe(self) -> dict[str, Any]:
         """The answer to ``GET /v1/reduction``."""
         geometry, policy = self.geometry, self.policy
@@ -611,6 +639,7 @@ class Reducer:
                 "min_budget": policy.min_budget,
                 "max_budget": policy.max_budget,
             },
+            "aliases": {name: self._describe_alias(name) for name in policy.alias},
             "pressure": self.pressure.describe(),
             "preview": {"enabled": not self.no_previews, "reason": self.no_previews or None},
             "methods": [
@@ -679,7 +708,7 @@ def _refuse_whole_prompts(request: Any, settings: Sequence[Reduction | None]) ->
     Raises:
         SettingsError: names the field.
     """
-    if any(reduction and reduction.spec.decoder for reduction in settings):
+    if request.runs and any(reduction and reduction.spec.decoder for reduction in settings):
         _refuse_prompt_logprobs(request)
 
 

@@ -80,6 +80,8 @@ class Wish(NamedTuple):
     """Where it was said; empty for the server's default."""
     said: bool = False
     """How many tokens was said, too: this budget is no default of the server's."""
+    name: str = ""
+    """The name of the model that stands for it, where nobody has said more."""
 
 
 class Settled(NamedTuple):
@@ -92,6 +94,8 @@ class Settled(NamedTuple):
     embeds: bool = False
     """It comes as embeddings."""
     modality: str = "image"
+    name: str = ""
+    """The name of the model that stands for it."""
 
 
 def settled(
@@ -100,12 +104,14 @@ def settled(
     images: Sequence[Level],
     geometry: Geometry,
     lower: bool = False,
+    alias: str = "",
 ) -> list[Settled]:
     """What holds for every image and video of a request; where its size matters, before
     :func:`fit`.
 
     The nearest wins, part by part: a budget on an image goes with the method that the request
-    names around it.
+    names around it. What a name of the model stands for is for images of which nothing was said,
+    and goes with nothing that was.
 
     Args:
         policy: of the server.
@@ -113,6 +119,7 @@ def settled(
         images: what is said on each image and each video.
         geometry: of the model.
         lower: budgets of images that nobody has said, and those of ``auto``, are a rung lower.
+        alias: the name of the model, where the policy has a default for it.
 
     Raises:
         SettingsError: what was said cannot be used here; nothing more than without ``lower``.
@@ -130,6 +137,8 @@ def settled(
     admitted = []
     for image in images:
         wish = _narrow(policy, general[image.modality], image, geometry, image.modality)
+        if alias and not wish.field and image.modality == "image":
+            wish = _by_name(policy, alias)
         one = _admit(policy, wish, image, geometry)
         if lower and image.modality == "image" and not geometry.unsupported:
             one = _lowered(policy, wish, one, image)
@@ -185,7 +194,10 @@ def as_written(image: Settled, error: SettingsError) -> SettingsError:
         error: of a field of the settings: ``budget``, ``method``, ``options.tokens``.
     """
     if not image.field:
-        allowed = f"{error.allowed} ({error.value} is this server's default)"
+        whose = "this server's default"
+        if image.name:
+            whose = f"what the model name {image.name!r} stands for"
+        allowed = f"{error.allowed} ({error.value} is {whose})"
         return SettingsError(BUDGET_KEY, error.value, allowed)
     field = image.field
     if field.endswith(".budget"):
@@ -197,6 +209,16 @@ def _default(policy: Policy, modality: str) -> Wish:
     """What holds where nothing is said. A default budget is an image's."""
     budget = policy.default_budget if modality == "image" else None
     return Wish(policy.default_method, policy.auto() if isinstance(budget, str) else budget)
+
+
+def _by_name(policy: Policy, alias: str) -> Wish:
+    """What holds for an image of which no more was said than a name of the model. That is as good
+    as a number: who chose the name gets no less."""
+    named = policy.named(alias)
+    budget: int | Waiting | None = named.budget
+    if isinstance(named, AutoBudget):
+        budget = policy.auto()
+    return Wish(named.method, budget, named.options, said=True, name=alias)
 
 
 def _narrow(policy: Policy, around: Wish, level: Level, geometry: Geometry, modality: str) -> Wish:
@@ -285,7 +307,8 @@ def _admit(policy: Policy, wish: Wish, image: Level, geometry: Geometry) -> Sett
     is_video = image.modality == "video"
     if wish.method == NO_REDUCTION:
         return Settled(None, wish.field, image.embeds, image.modality)
-    if not wish.field and (wish.budget is None or image.embeds):
+    no_default = wish.budget is None and not wish.name
+    if not wish.field and (no_default or image.embeds):
         return Settled(None, wish.field, image.embeds, image.modality)
     if wish.budget is None and wish.options.get("tokens") is None:
         of_videos = " for videos" if is_video else ""
@@ -322,7 +345,7 @@ def _admit(policy: Policy, wish: Wish, image: Level, geometry: Geometry) -> Sett
             raise SettingsError(field, wish.budget, allowed)
     if geometry.by_image or is_video:  # what the model lacks for the method, whatever the image
         geometry.check_method(reduction, field, is_video)
-    return Settled(reduction, field, modality=image.modality)
+    return Settled(reduction, field, modality=image.modality, name=wish.name)
 
 
 def _lowered(policy: Policy, wish: Wish, settled: Settled, image: Level) -> Settled:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Sequence
 from contextlib import aclosing
 from copy import copy
 from typing import Any, TypeVar
@@ -19,15 +19,24 @@ import vllm.envs as envs
 from openai.types.responses import ResponseOutputMessage
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse, PromptTokenUsageInfo
+from vllm.entrypoints.scale_out.render.serving import ServingRender
+from vllm.entrypoints.serve.engine.protocol import (
+    ErrorResponse,
+    ModelCard,
+    ModelList,
+    ModelPermission,
+    PromptTokenUsageInfo,
+)
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.chat_utils import parse_chat_messages_async
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from ficoco_server.load import busy, watch
 from ficoco_server.media import load_images_with_ours
-from ficoco_server.metrics import LOWERED
+from ficoco_server.metrics import INVALID, LOWERED
 from ficoco_server.plugin import MODEL_PLUGIN, NAME
 from ficoco_server.policy import Policy, PolicyError
 from ficoco_server.preview import Previews, obstacle, shown
@@ -36,6 +45,7 @@ from ficoco_server.reducer import Reducer, reported
 from ficoco_server.scale_out import ReductionTokens
 from ficoco_server.sent import remember_what_is_sent
 from vllm_ficoco.engine.checks import SCHEDULER
+from vllm_ficoco.models.defaults import leave_to_front_end
 from vllm_ficoco.models.processing import SIZES_KEY, RefusedImage, RefusedPositions
 from vllm_ficoco.preview import PREVIEW_KEY
 from vllm_ficoco.settings import MODALITIES, REDUCTION_KEY, OfLadder, SettingsError
@@ -60,6 +70,9 @@ def install(engine_client: Any, state: Any) -> None:
     policy = Policy.from_environment()
     reducer = Reducer(engine_client.vllm_config, policy, processor, room)
     reducer.pressure = watch(engine_client, policy)
+    models = state.openai_serving_chat.models
+    served = [path.name for path in models.base_model_paths]
+    policy.check_names([*served, *models.lora_requests])
     LOWERED.labels(policy.default_method)  # from the start, or a first increase would not be seen
     _check_stages(os.environ.get("FICOCO_STAGES", ""), reducer.geometry.starts)
     _check_graphs(policy, engine_client.vllm_config.model_config.hf_config)
@@ -68,6 +81,7 @@ def install(engine_client: Any, state: Any) -> None:
     renderer.reducer = reducer
     renderer.trusting = copy(chat.online_renderer)
     renderer.trusting.trust_request_mm_kwargs = True
+    leave_to_front_end()
     remember_what_is_sent(engine_client)
     load_images_with_ours()
     state.openai_serving_chat = _adopt(ReductionChat, chat)
@@ -79,6 +93,15 @@ def install(engine_client: Any, state: Any) -> None:
         state.serving_tokens = _adopt(ReductionTokens, tokens)
         state.serving_tokens.reducer = reducer
     reducer.no_previews = obstacle(engine_client.vllm_config, reducer)
+    if hasattr(state, "openai_serving_models"):
+        state.openai_serving_models = _adopt(ReductionModels, models)
+        state.openai_serving_models.alias = tuple(policy.alias)
+    if (render := getattr(state, "serving_render", None)) is not None:
+        state.serving_render = _adopt(ReductionRender, render)
+        state.serving_render.online_renderer = renderer
+    if hasattr(state, "serving_tokenization"):
+        state.serving_tokenization = _adopt(ReductionTokenization, state.serving_tokenization)
+        state.serving_tokenization.online_renderer = renderer
     state.ficoco = reducer
     no_time = (lambda: True) if reducer.no_previews else busy(engine_client, reducer.pressure)
     state.ficoco_previews = Previews(reducer, engine_client, no_time)
@@ -91,17 +114,17 @@ def _check_stages(said: str, starts: Sequence[int]) -> None:
         raise PolicyError(
             f"FICOCO_STAGES={said}, but the decoder's stages are {stages or 'none'}: only "
             f"`vllm-ficoco serve` reads it; with `vllm serve`, give --scheduler-cls {SCHEDULER} "
-            f"--hf-overrides '{{\"{STAGES_KEY}\": [{said}]}}' (and on a CPU --block-size 32)"
+            f"--hf-overrides.{STAGES_KEY}=[{said.replace(' ', '')}] (and on a CPU --block-size 32)"
         )
 
 
 def _check_graphs(policy: Policy, config: Any) -> None:
     """Refuse to run where the engine has not heard of FICOCO_GRAPHS: our command alone reads it."""
     if policy.graphs and not hasattr(config, GRAPHS_KEY):
-        said = json.dumps({GRAPHS_KEY: policy.graphed()})
+        said = f"--hf-overrides.{GRAPHS_KEY}+={','.join(policy.graphed())}"
         raise PolicyError(
             f"FICOCO_GRAPHS={','.join(policy.graphs)}, but the engine does not know: only "
-            f"`vllm-ficoco` reads it; with `vllm serve`, give --hf-overrides '{said}'"
+            f"`vllm-ficoco` reads it; with `vllm serve`, give {said}"
         )
 
 
@@ -186,8 +209,9 @@ class ReductionRenderer(OnlineRenderer):
         embeds = [image.embeds for image in images]
         settings = self.reducer.fit(request, engine_input)
         seen.expect(settings)
-        self.reducer.refuse_too_long(request, settings, embeds, engine_input)
-        self.reducer.refuse_too_many(request, settings, embeds, engine_input)
+        if request.runs:
+            self.reducer.refuse_too_long(request, settings, embeds, engine_input)
+            self.reducer.refuse_too_many(request, settings, embeds, engine_input)
         asked = [image.reduction for image in images]
         report = self.reducer.report(settings, embeds, engine_input, asked)
         request._report = report
@@ -213,8 +237,11 @@ class ReductionRenderer(OnlineRenderer):
 class ReductionChat(OpenAIServingChat):
     """vLLM's chat completions with the report in the answer, and observed for the metrics."""
 
+    online_renderer: ReductionRenderer
+
     async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
         """As in vLLM."""
+        self.online_renderer.reducer.take_name(request)
         work = super().create_chat_completion(request, raw_request)
         if not _is_ours(request):
             return await work
@@ -254,8 +281,11 @@ class ReductionChat(OpenAIServingChat):
 class ReductionResponses(OpenAIServingResponses):
     """vLLM's responses API with the report in the response, and observed for the metrics."""
 
+    online_renderer: ReductionRenderer
+
     async def create_responses(self, request: Any, raw_request: Any = None) -> Any:
         """As in vLLM."""
+        self.online_renderer.reducer.take_name(request)
         work = super().create_responses(request, raw_request)
         if not _is_ours(request):
             return await work
@@ -311,6 +341,74 @@ class ReductionResponses(OpenAIServingResponses):
                 request._seen.finish("error" if request._seen.failed else "cancelled")
 
 
+class ReductionRender(ServingRender):
+    """vLLM's prompts for another server: with the tokens that images keep."""
+
+    online_renderer: ReductionRenderer
+
+    async def render_chat_request(self, request: Any, raw_request: Any = None) -> Any:
+        """As in vLLM."""
+        self.online_renderer.reducer.take_name(request)
+        return await _counted(request, super().render_chat_request(request, raw_request))
+
+    async def render_responses_request(self, request: Any) -> Any:
+        """As in vLLM."""
+        self.online_renderer.reducer.take_name(request)
+        return await _counted(request, super().render_responses_request(request))
+
+
+class ReductionTokenization(ServingTokenization):
+    """vLLM's tokens of a prompt: with those that images keep."""
+
+    online_renderer: ReductionRenderer
+
+    async def create_tokenize(self, request: Any, raw_request: Any) -> Any:
+        """As in vLLM."""
+        self.online_renderer.reducer.take_name(request)
+        return await _counted(request, super().create_tokenize(request, raw_request))
+
+    async def create_detokenize(self, request: Any, raw_request: Any) -> Any:
+        """As in vLLM."""
+        self.online_renderer.reducer.take_name(request)
+        return await super().create_detokenize(request, raw_request)
+
+
+class ReductionModels(OpenAIServingModels):
+    """vLLM's list of models, with the names that stand for a budget."""
+
+    alias: tuple[str, ...]
+
+    def is_base_model(self, model_name: str) -> bool:
+        """As in vLLM; none of the names is free for an adapter."""
+        return model_name in self.alias or super().is_base_model(model_name)
+
+    async def show_available_models(self) -> ModelList:
+        """As in vLLM."""
+        models = await super().show_available_models()
+        own = models.data[0]
+        models.data += [
+            ModelCard(
+                id=name,
+                root=own.id,
+                parent=own.id,
+                max_model_len=own.max_model_len,
+                permission=[ModelPermission()],
+            )
+            for name in self.alias
+        ]
+        return models
+
+
+async def _counted(request: Any, work: Awaitable[T]) -> T:
+    """Await what ends without an answer of the model; settings that it refuses count."""
+    try:
+        return await work
+    except VLLMValidationError:
+        if _is_ours(request) and request._seen.method == INVALID:
+            request._seen.finish("refused")
+        raise
+
+
 def _is_ours(request: Any) -> bool:
     """Whether a request came through our routes."""
     return isinstance(request, ReductionFields)
@@ -319,7 +417,7 @@ def _is_ours(request: Any) -> bool:
 def _cut_off(request: Any) -> VLLMValidationError | None:
     """Why a prompt that was to be cut short has lost an image; None where none was to be."""
     field = "truncate_prompt_tokens" if hasattr(request, "truncate_prompt_tokens") else "truncation"
-    said = getattr(request, field)
+    said = getattr(request, field, None)
     if said in (None, "disabled"):
         return None
     return _refused(

@@ -14,6 +14,7 @@ from tests.engine.following import follow
 from tests.reference import llava
 from tests.reference.llava import ReferenceLlava
 from vllm_ficoco.methods import METHODS
+from vllm_ficoco.models import defaults
 from vllm_ficoco.settings import DEFAULT_METHOD
 
 pytestmark = pytest.mark.engine
@@ -117,6 +118,30 @@ def test_who_follows_an_image_sees_what_the_reference_keeps(
         assert [*first.at(where).values()] == stayed[-len(first.at(where)) :], ask
         assert len(first.at(where)) > 1 or where == "output"
         assert first.entered == reference.place and len(first.entered) == 40
+
+
+def test_a_default_of_the_environment_is_held(
+    engine: Engine, reference: ReferenceLlava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the prompt had said it; what a prompt says wins, and whole images are in no cache of
+    the others'."""
+    processor = engine.llm.llm_engine.renderer.mm_processor
+    monkeypatch.setattr(defaults, "_settled", False)
+    monkeypatch.setenv("FICOCO_DEFAULT_BUDGET", "48")
+    monkeypatch.setenv("FICOCO_DEFAULT_METHOD", "tome")
+    at_start = type(processor)(processor.info, processor.dummy_inputs)
+    monkeypatch.setattr(processor, "_default", at_start._default)
+    tome = {"method": "tome", "budget": 48}
+    due = {
+        "one": (Ask([1]), Ask([1], [tome])),
+        "two": (Ask([2, 3]), Ask([2, 3], [tome, tome])),
+        "said": (Ask([1], [{"budget": 30}]), Ask([1], [{"budget": 30}])),
+        "whole": (Ask([1], [{"method": "none"}]), Ask([1], [None])),
+        "text": (Ask(), Ask()),
+    }
+    sent, meant = zip(*due.values(), strict=True)
+    for ask, output in zip(meant, engine.generate(sent), strict=True):
+        check(reference, ask, output)
 
 
 def test_chunks_and_preemption_change_nothing(

@@ -30,6 +30,10 @@ POLICY = [
     "--reduction-min-budget=2",
     "--reduction-low-budget=16",
     "--reduction-methods=score,ficoco-v,tome,evit,topk,visionzip,prumerge,pooling,uniform",
+    "--reduction-alias=fast=48",
+    '--reduction-alias=merged={"method": "tome", "budget": 36}',
+    "--reduction-alias=by-content=auto",
+    "--reduction-alias=whole=none",
 ]
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]

@@ -47,6 +47,7 @@ def test_lines_are_requests_to_the_server(tmp_path: Path) -> None:
         line("images", image(2, visual_token_budget=16), image(3), reduction={"method": "tome"}),
         line("default", image(4)),
         line("low", image(5, detail="low")),
+        line("by name", image(4), model="small"),
         "",
         line("none", image(1), reduction={"method": "none"}),
         line("zero", image(1), visual_token_budget=0),
@@ -63,6 +64,7 @@ def test_lines_are_requests_to_the_server(tmp_path: Path) -> None:
     flags = [
         "--reduction-default-budget=72",
         "--reduction-low-budget=24",
+        "--reduction-alias=small=20",
         "--reduction-methods=score,tome",
     ]
     command = ["ficoco_server.cli", "run-batch", f"--model={MODEL}", *flags]
@@ -87,6 +89,7 @@ def test_lines_are_requests_to_the_server(tmp_path: Path) -> None:
         "images": [("tome", 16), ("tome", 72)],
         "default": [("score", 72)],
         "low": [("score", 24)],
+        "by name": [("score", 20)],
         "none": [("none", TOKENS)],
         "the same image": [("score", 48)],
     }

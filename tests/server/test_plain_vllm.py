@@ -18,6 +18,7 @@ def test_plain_vllm_with_a_default_policy(tmp_path: Path) -> None:
         "VLLM_PLUGINS": "vllm_ficoco,ficoco_server",
         "FICOCO_DEFAULT_METHOD": "tome",
         "FICOCO_MAX_BUDGET": "48",
+        "FICOCO_ALIAS": 'fast=20; best={"method": "score", "budget": 48}',
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
@@ -38,6 +39,10 @@ def test_plain_vllm_with_a_default_policy(tmp_path: Path) -> None:
         ]
         # Also without --enable-prompt-tokens-details, which only our command sets.
         assert answer.usage.prompt_tokens_details.image_tokens == 48
+        for name, due in (("fast", ("tome", 20)), ("best", ("score", 48))):
+            answer = ask(model=name, messages=user(image()), max_tokens=4)
+            [said] = answer.reduction["images"]
+            assert (said["method"], said["visual_tokens_kept"], answer.model) == (*due, "plain")
         assert server.http.get("/v1/reduction").json()["defaults"]["budget"] == 48
         for field, given in (("visual_token_budget", 49), ("reduction", {"method": "none"})):
             body = {"model": "plain", "messages": user(image()), field: given}

@@ -136,6 +136,95 @@ def test_graphs_are_kept_for_what_is_named_and_what_images_get_by_themselves() -
     assert read(default_method="cdpruner", graphs="score@8").graphed() == ["score@8"]
 
 
+NAMES = """fast=64; by-content=AUTO;all=none;
+    merged={"method": "tome", "budget": 36};
+    late={"method": "fastv", "options": {"tokens": [40]}};"""
+
+
+def test_names_of_the_model() -> None:
+    policy = read(default_method="topk", auto_budgets="1,1/2", alias=NAMES)
+    named = {name: policy.named(name) for name in policy.alias}
+    assert [*named] == ["fast", "by-content", "all", "merged", "late"]
+    assert named["fast"] == Reduction(method="topk", budget=64)
+    assert named["by-content"] == policy.auto() and policy.auto().rungs == ("1", "1/2")
+    assert named["all"].method == "none"
+    assert named["merged"] == Reduction(method="tome", budget=36)
+    assert named["late"] == Reduction(method="fastv", options={"tokens": [40]})
+    staged = Geometry((12, 12), 9, True, decoder_layers=6, starts=(2,))
+    policy.check_model(staged)
+    policy.check_names(["a model", "an adapter"])
+    with pytest.raises(
+        PolicyError, match=r"'merged' \(FICOCO_ALIAS, --reduction-alias\).*: merged, b"
+    ):
+        policy.check_names(["merged", "b"])
+
+
+@pytest.mark.parametrize(
+    ("alias", "fragment"),
+    [
+        ("fast", "NAME=BUDGET"),
+        ("=64", "NAME=BUDGET"),
+        ("fast=", "NAME=BUDGET"),
+        ("fast=6.5", "NAME=BUDGET"),
+        ("fast=1/3", "NAME=BUDGET"),
+        ("fast=[64]", "NAME=BUDGET"),
+        ('fast={"budget": 64', "NAME=BUDGET"),
+        ('fast={"budget": 64}, slow=9', "NAME=BUDGET"),
+        ("fast=64;slow=9;fast=64", "'fast' is there twice"),
+        ("fast=0", "'fast' (FICOCO_ALIAS, --reduction-alias): budget = 0"),
+        ("fast={}", "budget = None"),
+        ('fast={"budget": true}', "budget = True"),
+        ('fast={"budget": 64, "tokens": 3}', "tokens = 3"),
+        ('fast={"method": "fastest", "budget": 64}', "method = 'fastest'"),
+        ('fast={"method": "tome", "budget": 64, "options": {"a": 1}}', "options.a = 1"),
+        ("fast=9", "limits, 10 to 100"),
+        ("fast=101", "limits, 10 to 100"),
+        ("fast=none", "images may not stay unreduced, the largest budget is 100"),
+        ('fast={"method": "random", "budget": 64}', "not among the allowed ones: score, tome"),
+    ],
+)
+def test_a_wrong_name_stops_the_start(alias: str, fragment: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        read(alias=alias, min_budget="10", max_budget="100", methods="score,tome,evit,fastv")
+    assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "fragment"),
+    [
+        ({"method": "tome", "budget": 20}, "budget = 20 is not valid: it must be at least 36"),
+        ({"method": "fastv", "budget": 64}, "the server must be started with stages"),
+        ({"method": "resize", "budget": 64}, "method = 'resize'"),
+        ({"method": "vidcom2", "budget": 64}, "compares the frames of a video"),
+    ],
+)
+def test_a_name_that_the_model_cannot_follow_stops_the_start(
+    said: dict[str, Any], fragment: str
+) -> None:
+    policy = Policy(alias={"fast": said})
+    policy.check()
+    with pytest.raises(PolicyError, match="the model name 'fast'") as caught:
+        policy.check_model(Geometry((12, 12), 2, True))
+    assert fragment in str(caught.value)
+    with pytest.raises(PolicyError, match="visual tokens can be reduced for LLaVA models"):
+        policy.check_model(TEXT_MODEL)
+
+
+def test_a_name_by_stage_is_within_the_limits() -> None:
+    staged = Geometry((12, 12), 9, True, decoder_layers=6, starts=(2,))
+    by_stage = {"late": {"method": "fastv", "options": {"tokens": [40]}}}  # (2 * 144 + 4 * 40) / 6
+    Policy(alias=by_stage, min_budget=75).check_model(staged)
+    with pytest.raises(PolicyError, match=r"'late'.*keeps 75 tokens on average.*a budget from 76"):
+        Policy(alias=by_stage, min_budget=76).check_model(staged)
+
+
+def test_graphs_are_kept_for_names() -> None:
+    named = """fast=64;wide={"method": "topk", "budget": 9};auto=auto;all=none;
+        own={"method": "score", "budget": 5, "options": {"alpha": 1}};
+        asks={"method": "cdpruner", "budget": 5}"""
+    assert read(alias=named, auto_budgets="1,1/9").graphed() == ["score@1/9", "score@64", "topk@9"]
+
+
 def test_a_graph_that_the_model_cannot_have_stops_the_start() -> None:
     policy = read(graphs="tome@1/9")
     policy.check_model(TINY)
@@ -614,3 +703,44 @@ def test_a_server_that_only_scales_images_down() -> None:
     assert resolve.fit(policy, wanted, NATIVE, Layout((8, 8))) is None
     with pytest.raises(SettingsError, match="one of resize, by this server's policy"):
         settle(policy, on_request(reduction={"method": "uniform"}), on_image(), geometry=NATIVE)
+
+
+# --- Names of the model ---------------------------------------------------------------------
+
+
+def by_name(policy: Policy, *images: Level, lower: bool = False, **said: Any) -> list[Any]:
+    """What holds for the images of a request under the name ``fast``."""
+    level = on_request(**said)
+    return resolve.settled(policy, level, images, TINY, lower, alias="fast")
+
+
+def test_a_name_stands_for_what_nobody_has_said() -> None:
+    policy = Policy(default_budget=100, alias={"fast": {"method": "tome", "budget": 36}})
+    tome, score = Reduction(method="tome", budget=36), Reduction(budget=50)
+    clip = Level("messages[0].content[1]", modality="video")
+    images = [on_image(), on_image(visual_token_budget=50), on_image(embeds=True)]
+    assert [one.reduction for one in by_name(policy, *images)] == [tome, score, None]
+    assert by_name(policy, clip)[0].reduction is None, "a default is of images"
+    assert by_name(policy, on_image(), visual_token_budget=50)[0].reduction == score
+    assert by_name(policy, on_image(), reduction={"method": "none"})[0].reduction is None
+    assert by_name(policy) == []
+    with pytest.raises(SettingsError, match="no images"):
+        by_name(policy, visual_token_budget=50)
+
+
+def test_under_pressure_a_name_stays_what_it_stands_for() -> None:
+    policy = Policy(alias={"fast": {"budget": 48}})
+    assert by_name(policy, on_image(), lower=True)[0].reduction == Reduction(budget=48)
+    whole = Policy(alias={"fast": {"method": "none"}})
+    assert by_name(whole, on_image(), lower=True)[0].reduction is None
+    automatic = Policy(alias={"fast": {"budget": "auto"}})
+    assert by_name(automatic, on_image(), lower=True)[0].reduction.lower == 1
+
+
+def test_what_an_image_cannot_have_names_the_name() -> None:
+    """The model can, of its largest image; which small ones cannot is known when they are here."""
+    policy = Policy(alias={"fast": {"method": "resize", "budget": 3}})
+    [settled] = resolve.settled(policy, Level(), [on_image()], NATIVE, alias="fast")
+    error = resolve.as_written(settled, SettingsError("budget", 3, "at least 4"))
+    assert (error.field, error.value) == ("visual_token_budget", 3)
+    assert error.allowed == "at least 4 (3 is what the model name 'fast' stands for)"

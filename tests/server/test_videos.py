@@ -600,10 +600,13 @@ def test_refusals_of_videos(native: Server) -> None:
             if path == CHAT:
                 assert answer.json()["error"]["param"] == "video_url"
                 assert ("a single one as an image" in answer.text) == ("gif" in url)
-    for path in ("/tokenize", f"{CHAT}/render", "/v1/messages"):
-        answer = post(native, path, {"messages": user(film(visual_token_budget=5))})
-        assert answer.status_code == 400
-        assert answer.json()["error"]["param"] == f"{part}.visual_token_budget"
+    body = {"messages": user(film(visual_token_budget=5)), "max_tokens": 2}
+    prompt = post(native, CHAT, body | {"return_token_ids": True}).json()["prompt_token_ids"]
+    assert post(native, "/tokenize", body).json()["tokens"] == prompt
+    assert post(native, f"{CHAT}/render", body).json()["token_ids"] == prompt
+    answer = post(native, "/v1/messages", {"messages": user(film(visual_token_budget=5))})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == f"{part}.visual_token_budget"
 
 
 @pytest.mark.server

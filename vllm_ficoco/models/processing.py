@@ -36,6 +36,7 @@ from vllm.multimodal.processing import PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
+from vllm_ficoco.models import defaults
 from vllm_ficoco.models.question import questions
 from vllm_ficoco.packed import PACKED_FIELDS, Packed, pack, packed_of
 from vllm_ficoco.preview import PREVIEW_KEY, Mark
@@ -215,9 +216,12 @@ class ReducingProcessor:
         for key in (BUDGET_KEY, REDUCTION_KEY):
             if key in server_wide:
                 raise ValueError(
-                    f"{key} in --mm-processor-kwargs has no effect: a budget belongs to a "
-                    "request, or to the defaults of `vllm-ficoco serve`"
+                    f"{key} in an engine's mm_processor_kwargs (--mm-processor-kwargs) has no "
+                    "effect: a budget belongs to a prompt or a request. For those that say none "
+                    f"set {defaults.BUDGET}, and {defaults.METHOD}, in the environment"
                 )
+        self._default = defaults.from_environment(self.geometry, lambda: self.largest_layout)
+        """The settings of an image where neither a front end nor its prompt says any."""
         self._came_to: dict[tuple[str, str, str], Reduction | None] = {}
         """Of images with a uuid: what a budget that waits for the image was, for this image."""
 
@@ -343,6 +347,31 @@ class ReducingProcessor:
             except SettingsError as error:
                 within = _within(kwargs, "video", video)
                 raise RefusedImage(video, error, within, "video") from None
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        """As vLLM's, which measures with them what an engine must have room for: whole images."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        inputs.dummy = True
+        return inputs
+
+    def _by_default(self, inputs: ProcessorInputs) -> bool:
+        """Give images of which the prompt says nothing the default settings, if it is for us to do.
+
+        Returns:
+            Whether they have them now.
+        """
+        kwargs, items = inputs.hf_processor_mm_kwargs, inputs.mm_data_items
+        if defaults.left_to_front_end() or getattr(inputs, "dummy", False):
+            return False
+        defaults.tell_of_no_front_end()
+        if any(kwargs.get(key) is not None for key in (BUDGET_KEY, REDUCTION_KEY)):
+            return False
+        if not items.get_count("image", strict=False) or isinstance(items["image"], _EMBEDDINGS):
+            return False
+        if self._default is None:
+            return False
+        inputs.hf_processor_mm_kwargs = {**kwargs, REDUCTION_KEY: {"image": self._default}}
+        return True
 
     def _choose(self, inputs: ProcessorInputs) -> None:
         """Put what they come to in place of the budgets of a ladder, before anything is hashed.
@@ -799,6 +828,20 @@ class ReducingProcessor:
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """As vLLM's, and what was settled for every item: the engine does not mind more keys."""
+        by_default = self._by_default(inputs)
+        try:
+            return self._apply(inputs, timing_ctx)
+        except RefusedImage as refused:
+            if not by_default:
+                raise
+            error = refused.error
+            allowed = (
+                f"{error.allowed} ({error.value} is {defaults.BUDGET}, for prompts that say none)"
+            )
+            error = SettingsError(error.field, error.value, allowed)
+            raise RefusedImage(refused.image, error, BUDGET_KEY) from None
+
+    def _apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         self._choose(inputs)
         ours = inputs.hf_processor_mm_kwargs
         inputs.hf_processor_mm_kwargs = self._with_questions(inputs)
