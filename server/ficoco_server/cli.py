@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unknown command {arguments[0]!r}; there are: {', '.join(commands)}")
     flags, rest = parser.parse_known_args(arguments[1:])
     said = flags.__dict__.pop("stages") or os.environ.get("FICOCO_STAGES")
+    if flags.__dict__.pop("no_page"):
+        os.environ["FICOCO_PAGE"] = "0"
     stages = _layers(parser, said)
     if stages:  # so that the server can tell that it has them
         os.environ["FICOCO_STAGES"] = ",".join(map(str, stages))
@@ -293,6 +295,7 @@ def _parser() -> argparse.ArgumentParser:
         group.add_argument(
             f"--reduction-{name}", dest=name.replace("-", "_"), metavar=metavar, help=text
         )
+    group.add_argument("--no-page", action="store_true", help="no page at / (FICOCO_PAGE=0)")
     return parser
 
 

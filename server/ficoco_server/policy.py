@@ -95,6 +95,8 @@ class Policy(BaseModel):
     """Settings whose images run in CUDA graphs of the tower, see :func:`settings.declared`."""
     pressure: Marks | None = None
     """Loads at which budgets that nobody has said begin and end to yield; by default never."""
+    page: bool = True
+    """Whether ``GET /`` is a page to see budgets at work."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Policy:
@@ -120,6 +122,8 @@ class Policy(BaseModel):
                 given[name] = text
             elif name == "pressure":
                 given[name] = None if text.lower() == NO_REDUCTION else _marks(name, text)
+            elif name == "page":
+                given[name] = _switch(name, text)
             elif text.lower() != NO_REDUCTION:
                 given[name] = _budget(name, text)
         policy = cls(**given)
@@ -310,6 +314,14 @@ def _marks(name: str, text: str) -> Marks:
             "the second not above the first"
         )
         raise _wrong(name, text, allowed) from None
+
+
+def _switch(name: str, text: str) -> bool:
+    if text not in ("0", "1"):
+        raise PolicyError(
+            f"{ENVIRONMENT_PREFIX}{name.upper()}={text} is not valid: it must be 1, or 0 for none"
+        )
+    return text == "1"
 
 
 def _budget(name: str, text: str) -> int:
