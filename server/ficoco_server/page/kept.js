@@ -59,6 +59,7 @@ export class Kept {
 
   summary() {
     const kept = this.left[this.stage];
+    if (!this.stages.length) return `All ${this.tokens} tokens stay.`;
     const where = this.stage ? behind(this.stages[this.stage - 1]) : "before any leave";
     const words = [`${kept.size} of ${this.tokens} tokens ${where}`];
     if (this.newlines) {

@@ -183,7 +183,8 @@ class Card {
   /** What goes into the request, for a picture with so many tokens. */
   settings(n) {
     const method = this.method.value, said = this.budget.value.trim();
-    if (method === "none" || !said) return { reduction: { method } };
+    if (!said && method === about.defaults.method) return {};
+    if (!said || method === "none") return { reduction: { method } };
     const share = /^(\d*)\s*n\s*(?:\/\s*(\d+))?$/i.exec(said);
     if (share) return { reduction: { method, budget: Math.floor((n * (share[1] || 1)) / (share[2] || 1)) } };
     return { reduction: { method, budget: /^\d+$/.test(said) ? Number(said) : said } };
@@ -247,25 +248,19 @@ class Card {
 
   /** Show what is kept of the picture, or why that cannot be shown. */
   async preview({ model, question, settings }, signal) {
-    const body = { model, question, image: picture.url, ...settings };
-    this.find("figcaption").textContent = "Asking what is kept …";
-    for (let tries = 1; !signal.aborted; tries += 1) {
-      try {
-        this.show(await json("v1/reduction/preview", body, signal));
-        return;
-      } catch (error) {
-        if (error.name === "AbortError") return;
-        this.find("figcaption").textContent = error.message;
-        if (![429, 503].includes(error.status) || tries === TRIES) return;
-        await new Promise((done) => setTimeout(done, 1000 * error.after));
-      }
+    const caption = this.find("figcaption");
+    caption.textContent = "Asking what is kept …";
+    try {
+      this.show(await preview({ model, question, image: picture.url, ...settings }, signal));
+    } catch (error) {
+      caption.textContent = error.name === "AbortError" ? "" : error.message;
     }
   }
 
   show(preview) {
     const stages = this.find(".stages"), caption = this.find("figcaption");
     stages.replaceChildren();
-    stages.hidden = !preview?.stages.length;
+    stages.hidden = !preview?.stages.some(({ left }) => left.length);
     caption.textContent = "";
     if (!picture) return;
     this.kept = new Kept(picture.bitmap, preview, this.find(".views"), caption);
@@ -306,10 +301,22 @@ async function copy(code, button) {
 
 // --- Asking ---
 
+/** What is kept of a picture. The server has time for it where it has nothing else to do. */
+async function preview(body, signal) {
+  for (let tries = 1; ; tries += 1) {
+    try {
+      return await json("v1/reduction/preview", body, signal);
+    } catch (error) {
+      if (![429, 503].includes(error.status) || tries === TRIES) throw error;
+      await new Promise((done) => setTimeout(done, 1000 * error.after));
+    }
+  }
+}
+
 /** N of the picture: of the model or, where that depends on its size, of the server. */
 async function tokens(signal) {
   if (about.model.layout === "fixed") return about.model.visual_tokens;
-  picture.tokens ??= (await json("v1/reduction/preview", { image: picture.url }, signal)).reduction.visual_tokens_before;
+  picture.tokens ??= (await preview({ image: picture.url }, signal)).reduction.visual_tokens_before;
   return picture.tokens;
 }
 
