@@ -34,13 +34,19 @@ class Packed(NamedTuple):
     question: tuple[int, ...] = ()
     """Token ids of the image's question (:mod:`vllm_ficoco.models.question`), where its method asks
     for it."""
+    mark: str = ""
+    """Of an image that somebody follows (:mod:`vllm_ficoco.preview`)."""
 
 
 def pack(
-    reduction: Reduction | None, layout: Layout | None = None, question: Sequence[int] = ()
+    reduction: Reduction | None,
+    layout: Layout | None = None,
+    question: Sequence[int] = (),
+    mark: str = "",
 ) -> torch.Tensor:
     """What is said of an image as a uint8 tensor; empty where there is nothing to say."""
     lines = (
+        mark,
         json.dumps([*question]) if question else "",
         layout.to_json() if layout else "",
         reduction.key if reduction else "",
@@ -70,12 +76,13 @@ def packed_of(data: Mapping[str, Any] | None) -> Packed:
 @lru_cache(maxsize=4096)  # the images of a batch mostly have few different settings
 def parse(raw: bytes) -> Packed:
     """The same of the tensor's bytes."""
-    *more, layout, reduction = ["", "", *raw.decode().split("\n")][-3:]
-    question = json.loads(more[0]) if more[0] else []
+    mark, asked, layout, reduction = ["", "", "", *raw.decode().split("\n")][-4:]
+    question = json.loads(asked) if asked else []
     if not isinstance(question, list) or not all(type(word) is int for word in question):
         raise ValueError("a question is a list of token ids")
     return Packed(
         Reduction.model_validate_json(reduction) if reduction else None,
         Layout.from_json(layout) if layout else None,
         tuple(question),
+        mark,
     )

@@ -17,6 +17,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMValidationError
 
+from ficoco_server import preview
 from ficoco_server.metrics import INVALID, REQUESTS
 from ficoco_server.protocol import OUR_KEYS, ChatRequest, ResponseRequest, holds_image, mentioned
 from vllm_ficoco.settings import SettingsError
@@ -62,6 +63,12 @@ def attach(app: FastAPI) -> None:
             responses=_documented(core, path),
         )
     app.add_api_route(ABOUT, about_reduction, methods=["GET"])
+    app.add_api_route(
+        preview.PATH,
+        preview.preview,
+        methods=["POST"],
+        dependencies=[Depends(validate_json_request)],
+    )
 
 
 def _documented(router: Any, path: str) -> dict[int | str, dict[str, Any]]:

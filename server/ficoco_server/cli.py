@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``vllm-ficoco`` command: vLLM's ``serve`` and ``run-batch`` with our plugins and defaults.
+"""The ``vllm-ficoco`` command: vLLM's ``serve`` and ``run-batch`` with our plugins and defaults,
+and a client.
 
 Everything that vLLM and prometheus_client read from the environment while they are imported must
 be set before, so neither is imported at the top.
@@ -65,13 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"vllm-ficoco {__version__}")
         return
+    if arguments[0] == "preview":  # a client
+        from ficoco_server import picture
+
+        return picture.main(arguments[1:])
     commands = {"serve": serve, "run-batch": run_batch}
     if arguments[0] not in commands:
-        parser.error(f"unknown command {arguments[0]!r}; there are: {', '.join(commands)}")
+        there = ", ".join([*commands, "preview"])
+        parser.error(f"unknown command {arguments[0]!r}; there are: {there}")
     flags, rest = parser.parse_known_args(arguments[1:])
     said = flags.__dict__.pop("stages") or os.environ.get("FICOCO_STAGES")
-    if flags.__dict__.pop("no_page"):
-        os.environ["FICOCO_PAGE"] = "0"
+    for name in ("page", "preview"):
+        if flags.__dict__.pop(f"no_{name}"):
+            os.environ[f"FICOCO_{name.upper()}"] = "0"
     stages = _layers(parser, said)
     if stages:  # so that the server can tell that it has them
         os.environ["FICOCO_STAGES"] = ",".join(map(str, stages))
@@ -277,7 +284,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-ficoco",
         usage="vllm-ficoco serve MODEL [options] [any option of `vllm serve`]\n"
-        "       vllm-ficoco run-batch -i INPUT -o OUTPUT --model MODEL [any of `vllm run-batch`]",
+        "       vllm-ficoco run-batch -i INPUT -o OUTPUT --model MODEL [any of `vllm run-batch`]\n"
+        "       vllm-ficoco preview IMAGE --out FILE [--budget TOKENS] [--help]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="vLLM's own options: vllm-ficoco serve --help=all, vllm-ficoco run-batch --help=all",
@@ -296,6 +304,9 @@ def _parser() -> argparse.ArgumentParser:
             f"--reduction-{name}", dest=name.replace("-", "_"), metavar=metavar, help=text
         )
     group.add_argument("--no-page", action="store_true", help="no page at / (FICOCO_PAGE=0)")
+    group.add_argument(
+        "--no-preview", action="store_true", help="no /v1/reduction/preview (FICOCO_PREVIEW=0)"
+    )
     return parser
 
 

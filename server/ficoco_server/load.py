@@ -17,6 +17,31 @@ from ficoco_server.policy import Policy, PolicyError
 from ficoco_server.pressure import Engine, Pressure, load
 
 
+class Waiting(AggregateStatLoggerBase):
+    """Remembers how many requests wait for every engine.
+
+    Args:
+        engine_indexes: of the engines.
+    """
+
+    def __init__(self, engine_indexes: list[int]) -> None:
+        self.waiting = dict.fromkeys(engine_indexes, 0)
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """As vLLM calls it, after the answers of a step have been handed on."""
+        if scheduler_stats is not None:
+            self.waiting[engine_idx] = scheduler_stats.num_waiting_reqs
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
+
+
 class Listener(AggregateStatLoggerBase):
     """Remembers what every engine has told last.
 
@@ -82,3 +107,30 @@ def watch(engine_client: Any, policy: Policy) -> Pressure:
     listener = Listener(loggers.engine_indexes, pressure.look)
     loggers.stat_loggers.append(listener)
     return pressure
+
+
+def busy(engine_client: Any, pressure: Pressure) -> Callable[[], bool]:
+    """Whether a server has no time for what can wait: there is pressure, or requests wait.
+
+    How many wait, the engine alone knows, and it tells those who listen after every step. Where
+    nobody may listen, it is known how many there are, and how many can run.
+
+    Args:
+        engine_client: vLLM's.
+        pressure: on the server.
+    """
+    config, processor = engine_client.vllm_config, engine_client.output_processor
+    loggers, scheduler = engine_client.logger_manager, config.scheduler_config
+    places = scheduler.max_num_seqs * config.parallel_config.data_parallel_size
+    listener = None
+    if loggers is not None and not config.parallel_config.enable_elastic_ep:
+        listener = Waiting(loggers.engine_indexes)
+        loggers.stat_loggers.append(listener)
+
+    def is_busy() -> bool:
+        requests = processor.get_num_unfinished_requests()
+        # Without requests, figures of any are old.
+        waiting = sum(listener.waiting.values()) if listener is not None and requests else 0
+        return pressure.look() or waiting > 0 or requests >= places
+
+    return is_busy

@@ -93,6 +93,8 @@ class Policy(BaseModel):
     """Among which ``auto`` chooses, descending: shares of an image's tokens or numbers of them."""
     graphs: tuple[str, ...] = ()
     """Settings whose images run in CUDA graphs of the tower, see :func:`settings.declared`."""
+    preview: bool = True
+    """Whether ``POST /v1/reduction/preview`` is there."""
     pressure: Marks | None = None
     """Loads at which budgets that nobody has said begin and end to yield; by default never."""
     page: bool = True
@@ -122,7 +124,7 @@ class Policy(BaseModel):
                 given[name] = text
             elif name == "pressure":
                 given[name] = None if text.lower() == NO_REDUCTION else _marks(name, text)
-            elif name == "page":
+            elif name in ("page", "preview"):
                 given[name] = _switch(name, text)
             elif text.lower() != NO_REDUCTION:
                 given[name] = _budget(name, text)

@@ -20,6 +20,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from ficoco_server.metrics import Observation
 from ficoco_server.resolve import DETAIL_KEY, Level, Settled, detail_of
+from vllm_ficoco.preview import Mark
 from vllm_ficoco.settings import AUTO, BUDGET_KEY, MODALITIES, REDUCTION_KEY, SettingsError
 
 OUR_KEYS = (BUDGET_KEY, REDUCTION_KEY)
@@ -85,6 +86,10 @@ class ReductionFields(BaseModel):
     """Whether budgets of its that nobody has said are a rung lower; None before that is decided."""
     _seen: Observation = PrivateAttr(default_factory=Observation)
     _report: dict[str, Any] | None = PrivateAttr(default=None)
+    _mark: Mark | None = PrivateAttr(default=None)
+    """Of a preview, whose image is followed."""
+    _shown: Any = PrivateAttr(default=None)
+    """Of a preview, what is known of its image once the prompt is rendered."""
 
     @model_validator(mode="wrap")
     @classmethod

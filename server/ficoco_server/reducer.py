@@ -104,6 +104,8 @@ class Reducer:
         """What can be reduced."""
         self.largest: Layout | None = None
         """Of the image that has most tokens; None where nothing can be reduced."""
+        self.no_previews = ""
+        """Why there are none; empty where there are."""
         self.pressure = Pressure()
         """On the server."""
         self.most_inputs = 1
@@ -205,7 +207,7 @@ class Reducer:
         Raises:
             VLLMValidationError: those of an image cannot be used.
         """
-        images, made = request._settled, self._made(engine_input)
+        images, made = request._settled, self.made(engine_input)
         if not self.geometry.by_image:  # all but what waits for the image was seen to at once
             if not any(isinstance(image.reduction, OfLadder) for image in images):
                 return [image.reduction for image in images]
@@ -242,7 +244,7 @@ class Reducer:
         return {"image": [*settings[:images]], "video": [*settings[images:]]}
 
     @staticmethod
-    def _made(engine_input: Any) -> list[Packed]:
+    def made(engine_input: Any) -> list[Packed]:
         """What the processor says that it has made of every item."""
         return [packed for key in COUNTS_KEYS.values() for packed in engine_input.get(key, ())]
 
@@ -251,7 +253,7 @@ class Reducer:
         if self.geometry.unsupported:
             return [None] * len(embeds)
         if self.geometry.by_image:
-            return [packed.layout for packed in self._made(engine_input)]
+            return [packed.layout for packed in self.made(engine_input)]
         return [None if given else self.geometry.layout for given in embeds]
 
     def too_large(self, layout: Layout) -> bool:
@@ -432,7 +434,7 @@ class Reducer:
             raise RuntimeError(
                 f"{expected} visual tokens were due, but the engine was given {entering}"
             )
-        given = [packed.reduction for packed in self._made(engine_input)]
+        given = [packed.reduction for packed in self.made(engine_input)]
         if given and given != settings:
             raise RuntimeError(f"{settings} were due, but the engine was given {given}")
         if not entering:
@@ -610,6 +612,7 @@ class Reducer:
                 "max_budget": policy.max_budget,
             },
             "pressure": self.pressure.describe(),
+            "preview": {"enabled": not self.no_previews, "reason": self.no_previews or None},
             "methods": [
                 {
                     "name": method.name,

@@ -209,11 +209,14 @@ def _shape(item: Any, name: str) -> tuple[int, ...]:
 def _packed_in(item: Any, field: str, name: str = PACKED_FIELD) -> Packed:
     """The settings and the layout that travel with an image or a video."""
     packed = item.get(name)
+    allowed = "an item with settings as a render writes them"
     try:
-        return unpack(packed.data) if packed is not None else Packed()
+        found = unpack(packed.data) if packed is not None else Packed()
     except (ValueError, AttributeError, TypeError, RecursionError):
-        allowed = "an item with settings as a render writes them"
         raise SettingsError(field, name, allowed) from None
+    if found.mark:  # of a preview, which is the server's own
+        raise SettingsError(field, name, allowed)
+    return found
 
 
 def _check_question(packed: Packed, field: str, reducer: Reducer) -> None:

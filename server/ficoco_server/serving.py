@@ -25,17 +25,19 @@ from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.chat_utils import parse_chat_messages_async
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from ficoco_server.load import watch
+from ficoco_server.load import busy, watch
 from ficoco_server.media import load_images_with_ours
 from ficoco_server.metrics import LOWERED
 from ficoco_server.plugin import MODEL_PLUGIN, NAME
 from ficoco_server.policy import Policy, PolicyError
+from ficoco_server.preview import Previews, obstacle, shown
 from ficoco_server.protocol import ReductionFields, modality_of
 from ficoco_server.reducer import Reducer, reported
 from ficoco_server.scale_out import ReductionTokens
 from ficoco_server.sent import remember_what_is_sent
 from vllm_ficoco.engine.checks import SCHEDULER
-from vllm_ficoco.models.processing import RefusedImage, RefusedPositions
+from vllm_ficoco.models.processing import SIZES_KEY, RefusedImage, RefusedPositions
+from vllm_ficoco.preview import PREVIEW_KEY
 from vllm_ficoco.settings import MODALITIES, REDUCTION_KEY, OfLadder, SettingsError
 from vllm_ficoco.vision.geometry import GRAPHS_KEY, STAGES_KEY
 
@@ -76,7 +78,10 @@ def install(engine_client: Any, state: Any) -> None:
     if (tokens := getattr(state, "serving_tokens", None)) is not None:
         state.serving_tokens = _adopt(ReductionTokens, tokens)
         state.serving_tokens.reducer = reducer
+    reducer.no_previews = obstacle(engine_client.vllm_config, reducer)
     state.ficoco = reducer
+    no_time = (lambda: True) if reducer.no_previews else busy(engine_client, reducer.pressure)
+    state.ficoco_previews = Previews(reducer, engine_client, no_time)
 
 
 def _check_stages(said: str, starts: Sequence[int]) -> None:
@@ -152,7 +157,7 @@ class ReductionRenderer(OnlineRenderer):
             raise
         request._seen.expect(settings)
         theirs = request.mm_processor_kwargs
-        if any(settings):
+        if any(settings) or request._mark:
             validate_request_mm_kwargs(
                 mm_processor_kwargs=theirs,
                 media_io_kwargs=request.media_io_kwargs,
@@ -160,7 +165,8 @@ class ReductionRenderer(OnlineRenderer):
             )
             # As they are: what waits for the image has no form that a client could send.
             said = self.reducer.by_modality(request, settings)
-            request.mm_processor_kwargs = {**(theirs or {}), REDUCTION_KEY: said}
+            mark = {PREVIEW_KEY: request._mark} if request._mark else {}
+            request.mm_processor_kwargs = {**(theirs or {}), REDUCTION_KEY: said, **mark}
             render = self.trusting.preprocess_chat
         else:
             render = super().preprocess_chat
@@ -185,6 +191,8 @@ class ReductionRenderer(OnlineRenderer):
         asked = [image.reduction for image in images]
         report = self.reducer.report(settings, embeds, engine_input, asked)
         request._report = report
+        if request._mark:
+            request._shown = shown(self.reducer, engine_input, SIZES_KEY)
         seen.describe(
             self.reducer.prefilled(report),
             any("lowered_by" in image for _, image in reported(report)),

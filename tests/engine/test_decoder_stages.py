@@ -26,6 +26,7 @@ from tests.engine.conftest import (
     check_samples,
     make_engine,
 )
+from tests.engine.following import follow
 from tests.reference.decoder import CHOOSE, Answer, Choose, answer
 from tests.reference.llava import ReferenceLlava
 from tests.waiting import NoWaiting
@@ -191,6 +192,31 @@ def test_a_mixed_batch_says_what_the_reference_does(
     due = check(staged, reference, asks_of_every_kind())
     assert sorted((layer, places.tolist()) for layer, places in kept) == sorted(due)
     assert len(due) > 60
+
+
+def test_who_follows_an_image_sees_what_the_reference_keeps(
+    staged: Engine, reference: ReferenceLlava
+) -> None:
+    """Of every method, stage by stage, beside others that are alike and followed, too."""
+    asks = [
+        Ask([seed], [wish(method, 80, 48, 16)], sampling=FIRST_LOGITS)
+        for seed, method in enumerate(m for m in CHOOSE if m not in VISION)
+    ]
+    asks += [
+        Ask([3], [wish("ficoco-vl", 110, 80, 40, 20)], sampling=FIRST_LOGITS),
+        Ask([4], [wish("vitcop", 130, 60, 20)], sampling=FIRST_LOGITS),
+    ]
+    for ask in asks:
+        truth = expected(reference, ask, staged.block)
+        for seen in follow(staged, [ask, ask]):
+            check_output(truth, ask, seen.output)
+            assert seen.at("decoder") == {layer: kept for (layer, _), kept in truth.kept.items()}
+    (merged,) = follow(staged, [Ask([7], [wish("ficoco-l", 80, 40, 20)])])
+    for step in merged.steps:
+        for place, index in zip(step.before, step.into, strict=True):
+            assert place not in step.after or step.after[index] == place
+        assert sum(place not in step.after and index >= 0 for place, index in
+                   zip(step.before, step.into, strict=True)) > 20  # fmt: skip
 
 
 def test_the_host_never_waits_in_a_prefill(staged: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

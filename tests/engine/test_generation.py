@@ -10,6 +10,8 @@ import torch
 from vllm.exceptions import VLLMValidationError
 
 from tests.engine.conftest import NEW_TOKENS, Ask, Engine, check_samples, picture
+from tests.engine.following import follow
+from tests.reference import llava
 from tests.reference.llava import ReferenceLlava
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.settings import DEFAULT_METHOD
@@ -87,6 +89,34 @@ def test_a_mixed_batch_generates_what_the_reference_does(
     asks = asks_of_every_kind()
     for ask, output in zip(asks, engine.generate(asks), strict=True):
         check(reference, ask, output)
+
+
+def test_who_follows_an_image_sees_what_the_reference_keeps(
+    engine: Engine, reference: ReferenceLlava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every method in every layer, twice in one batch with the image as others ask for it, which
+    every cache has by then; and the answer is the same."""
+    methods = [name for name in REDUCING if name not in ("cdpruner", "recoverable")]
+    asks = [Ask([i % 3], [{"method": name, "budget": 40}]) for i, name in enumerate(methods)]
+    engine.generate(asks)
+    stayed: list[list[int]] = []
+    original = llava.reduce_one
+
+    def watched(*args: object) -> object:
+        result = original(*args)
+        stayed.append(result[1])
+        return result
+
+    monkeypatch.setattr(llava, "reduce_one", watched)
+    for ask in asks:  # no more at a time than a worker remembers
+        first, again = follow(engine, [ask, ask])
+        assert first.steps == again.steps
+        check(reference, ask, first.output)
+        method = METHODS[ask.settings[0]["method"]]
+        where = "tower" if method.place == "tower" else "output"
+        assert [*first.at(where).values()] == stayed[-len(first.at(where)) :], ask
+        assert len(first.at(where)) > 1 or where == "output"
+        assert first.entered == reference.place and len(first.entered) == 40
 
 
 def test_chunks_and_preemption_change_nothing(

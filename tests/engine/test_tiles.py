@@ -19,6 +19,7 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.checkpoints import random_llava_next, random_llava_onevision
 from tests.engine.conftest import Ask, Engine, check_answers, make_engine, picture
+from tests.engine.following import follow
 from tests.engine.test_decoder_stages import STAGED, STAGES, VISION, expected, wish
 from tests.engine.test_stage_variants import interpreted
 from tests.reference.decoder import CHOOSE
@@ -251,6 +252,26 @@ def test_next(engine: Engine, reference: ReferenceTiles) -> None:
     outputs = check(engine, reference, of_every_shape(whole) + of_every_method(whole), times=2)
     assert sum(output.num_cached_tokens > 0 for output in outputs) > 20
     check_resize(engine, reference)
+
+
+def test_next_who_follows_an_image_sees_what_the_reference_keeps(
+    engine: Engine, reference: ReferenceTiles
+) -> None:
+    """Of every part, by numbers in the whole image, newlines among them."""
+    for ask in of_every_method(counts(reference)):
+        (settings,) = ask.settings
+        assert settings is not None
+        if METHODS[settings["method"]].asks_question:
+            continue
+        with one_thread():
+            reference.visual_tokens(
+                *ask.pictures, settings["method"], settings["budget"], settings["options"]
+            )
+        (seen,) = follow(engine, [ask])
+        assert seen.entered == reference.place, ask
+        where = "tower" if METHODS[settings["method"]].place == "tower" else "output"
+        layers = seen.at(where)
+        assert layers and {*layers[max(layers)]} <= {*seen.entered}
 
 
 def test_next_unreduced_is_bit_identical_to_vllm(

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from tests.server.conftest import MODEL, TOKENS, Server, image, running, user, value
+from tests.server.conftest import MODEL, TOKENS, Server, image, picture, running, user, value
+from tests.server.test_preview import check_whole
 
 pytestmark = pytest.mark.server
 
@@ -58,6 +59,24 @@ def test_the_report_says_what_every_stage_holds(server: Server) -> None:
     blocks = "vllm_ficoco_kv_blocks_saved_total"
     # Three groups of two layers; two blocks fewer in two of them.
     assert value(after, blocks, method="fastv") - value(before, blocks, method="fastv") == 4
+
+
+def test_a_preview_shows_what_every_stage_holds(server: Server) -> None:
+    said = {"image": picture(1), "question": "what color is the circle ?"}
+    for method, where in (("fastv", [2]), ("ficoco-vl", [2, 4]), ("k-norm", [2, 4])):
+        reduction = {"method": method, "budget": 80}
+        answer = server.http.post("/v1/reduction/preview", json={**said, "reduction": reduction})
+        assert answer.status_code == 200, answer.text
+        preview = answer.json()
+        check_whole(preview)
+        (held,) = preview["reduction"]["images"]
+        late = [stage for stage in preview["stages"] if stage["where"] == "decoder"]
+        by_stage = dict(zip([2, 4], held["visual_tokens_by_stage"][1:], strict=True))
+        assert [stage["layer"] for stage in late] == where[: len(late)]
+        for stage in late:
+            assert len(stage["kept"]) == by_stage[stage["layer"]]
+        assert len(preview["kept"]) == held["visual_tokens_by_stage"][-1]
+        assert (preview["receivers"] is not None) == (method == "ficoco-vl")
 
 
 def test_tokens_by_stage(server: Server) -> None:

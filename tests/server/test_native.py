@@ -552,6 +552,18 @@ def test_a_rendered_image_of_a_method_that_asks(native: Server) -> None:
     assert text["prompt"].strip() == asked.choices[0].message.content.strip()
 
 
+def test_a_rendered_image_is_not_followed(native: Server) -> None:
+    """A mark is of previews alone."""
+    topk = Reduction(method="topk", budget=5)
+
+    def marked(data: Any) -> Any:
+        return pack(topk, unpack(data).layout, (), "a mark")
+
+    prompt = change(rendered(native, WIDE), PACKED_FIELD, marked)
+    refused = native.http.post(GENERATE, json=place(prompt, 5))
+    assert refused.status_code == 400 and "as a render writes them" in refused.text
+
+
 def test_a_rendered_image(native: Server) -> None:
     """Unreduced and reduced, it is answered as on the chat route; twice."""
     for settings, length in ({}, 14), ({"method": "topk", "budget": 5}, 5):

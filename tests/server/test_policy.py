@@ -47,6 +47,10 @@ def test_nothing_set() -> None:
     assert policy.low(TINY) == 16 and policy.low(LLAVA) == 64 and policy.high() is None
 
 
+def test_previews_are_there_unless_switched_off() -> None:
+    assert read().preview and read(preview="1").preview and not read(preview="0").preview
+
+
 def test_everything_set() -> None:
     policy = read(
         default_method="tome",
@@ -87,6 +91,7 @@ def test_a_largest_budget_is_the_default_and_bounds_the_details() -> None:
         ({"low_budget": "1", "min_budget": "2"}, ["low budget 1", "limits"]),
         ({"high_budget": "99", "max_budget": "98"}, ["high budget 99"]),
         ({"low_budget": "auto"}, ["FICOCO_LOW_BUDGET", "whole number"]),
+        ({"preview": "never"}, ["FICOCO_PREVIEW=never", "or 0 for none"]),
         ({"default_budget": "automatic"}, ["FICOCO_DEFAULT_BUDGET", "or 'auto'"]),
         (
             {"auto_budgets": "1,1/3,lots"},

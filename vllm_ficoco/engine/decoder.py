@@ -30,6 +30,7 @@ from vllm_ficoco.engine.visual import Leaving, VisualTokens
 from vllm_ficoco.methods.decoding import DecoderEvidence
 from vllm_ficoco.methods.paradigm import EVIDENCE_BYTES, DecoderPart, Steps, Tokens, reduce
 from vllm_ficoco.methods.random import lot_of
+from vllm_ficoco.preview import Follower
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.geometry import Geometry
 from vllm_ficoco.vision.layout import Layout, Raster
@@ -51,6 +52,8 @@ class Image:
     """(n,) numbers of the tokens that are left by now."""
     raster: Raster
     lot: Tensor
+    follower: Follower | None
+    """Where somebody follows it."""
     noted: Tensor | None = None
     """What its method has noted of the decoder's input."""
 
@@ -121,9 +124,9 @@ NO_TEXT = torch.empty(0, dtype=torch.long)
 LEVEL = "deepstack_input_embeds_"
 """What vLLM calls the visual tokens that are added behind one of the first layers (Qwen3-VL)."""
 
-Kind = tuple[Reduction, tuple[int, int], int, int, int]
+Kind = tuple[Reduction, tuple[int, int], int, int, int, Follower | None]
 """Settings of an image, its grid, tokens that it has and keeps, text tokens: one batch for all
-alike."""
+alike, but those that somebody follows."""
 
 
 def rows_of(ranges: Sequence[range], device: torch.device) -> Tensor:
@@ -231,6 +234,7 @@ class StagedDecoder:
         places: Tensor | None,
         pixels: Tensor,
         layout: Layout,
+        mark: str = "",
     ) -> Tensor:
         """An image's visual tokens, so that :meth:`unmark` will know what to do with them.
 
@@ -240,6 +244,7 @@ class StagedDecoder:
             places: (n,) their numbers in the image, see :meth:`Layout.numbers`; None for all.
             pixels: (1, tiles, 3, height, width) of the image.
             layout: the image's.
+            mark: where somebody follows it.
         """
         part = reduction.spec.decoder if reduction is not None else None
         if reduction is None or part is None:
@@ -248,7 +253,7 @@ class StagedDecoder:
         if places is None:
             places = torch.arange(len(tokens), device=tokens.device)
         lot = lot_of(pixels) if part.by_lot else places.new_zeros(1, 1)
-        return VisualTokens.of(tokens, Leaving(reduction, places, raster, lot))
+        return VisualTokens.of(tokens, Leaving(reduction, places, raster, lot, mark))
 
     def unmark(self, embeddings: Sequence[Tensor], is_visual: Tensor | None) -> Sequence[Tensor]:
         """Plain tensors, and noted which rows of the coming forward pass are images to reduce.
@@ -276,7 +281,8 @@ class StagedDecoder:
         assert part is not None
         last = len(part.steps) - 1
         steps = {stage: part.steps[min(place, last)] for place, stage in enumerate(stages)}
-        marks = how.places, how.raster, how.lot
+        follower = Follower(how.mark) if how.mark else None
+        marks = how.places, how.raster, how.lot, follower
         return Image(start, start + count, how.reduction, part, steps, *marks)
 
     def __call__(
@@ -374,7 +380,8 @@ class StagedDecoder:
         for image in noting:
             had = range(image.start, image.end)
             text = self._text_behind(image, everything, rows, image.end)
-            kind = (image.reduction, image.raster.grid, len(had), len(had), len(text))
+            # What is noted is the same for whom somebody follows.
+            kind = (image.reduction, image.raster.grid, len(had), len(had), len(text), None)
             alike.setdefault(kind, []).append(Loss(image, had, had, text))
         for _, group in self._batches(alike):
             note = group[0].image.part.note
@@ -412,23 +419,29 @@ class StagedDecoder:
                 continue  # nothing to choose
             looks = image.part.looks_at_question
             text = self._text_behind(image, before, rows, had.stop) if looks else NO_TEXT
-            kind = (image.reduction, image.raster.grid, len(had), len(has), len(text))
+            what = image.reduction, image.raster.grid, len(had), len(has), len(text)
+            kind = (*what, image.follower)
             alike.setdefault(kind, []).append(Loss(image, had, has, text))
         merged: list[tuple[Tensor, Tensor]] = []
-        for (reduction, _, _, keep, _), group in self._batches(alike):
+        for (reduction, _, _, keep, _, follower), group in self._batches(alike):
             had_rows = rows_of([some.had for some in group], device)
             has_rows = rows_of([some.has for some in group], device)
             stream = batch.hidden[had_rows] + batch.residual[had_rows]
             places = torch.stack([some.image.places for some in group])
             tokens = Tokens(stream, places, stream.new_ones(places.shape, dtype=torch.float32))
             steps = group[0].image.steps[number]
+            fates: list[Tensor] | None = None if follower is None else []
             tokens = reduce(
                 steps,
                 tokens,
                 self._evidence(number, batch, group, had_rows, stream),
                 keep,
                 reduction.parsed_options(),
+                fates,
             )
+            if follower is not None and fates is not None:
+                start = self.geometry.starts[number - 1]
+                follower.note("decoder", start, places[0], fates, tokens.position[0])
             for some, left in zip(group, tokens.position, strict=True):
                 some.image.places = left
             at[has_rows] = had_rows.gather(1, torch.searchsorted(places, tokens.position))
@@ -443,7 +456,7 @@ class StagedDecoder:
         """Images that can be reduced together, no more at once than memory allows."""
         heads = self.model.layers[0].self_attn.num_heads
         for kind, group in alike.items():
-            _, _, had, _, text = kind
+            _, _, had, _, text, _ = kind
             at_once = max(1, EVIDENCE_BYTES // (4 * heads * had * max(had, text)))
             for first in range(0, len(group), at_once):
                 yield kind, group[first : first + at_once]

@@ -28,7 +28,7 @@ def plan_of(
     """
     runs, keep, settings = [], [], []
     for feature in features or ():
-        reduction, layout, _ = packed_of(feature.data)
+        reduction, layout, *_ = packed_of(feature.data)
         place = feature.mm_position
         runs.append(Run(place.offset, place.offset + place.length))
         keep.append(

@@ -27,6 +27,8 @@ class Leaving(NamedTuple):
     """Where on the image a number is."""
     lot: Tensor
     """(1, 1), see :func:`vllm_ficoco.methods.random.lot_of`; 0 where the method draws none."""
+    mark: str = ""
+    """Of an image that somebody follows (:mod:`vllm_ficoco.preview`)."""
 
 
 class VisualTokens(torch.Tensor):

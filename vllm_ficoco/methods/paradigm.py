@@ -440,7 +440,14 @@ Weigh = Callable[[Tokens, Any, Tensor, Tensor, Tensor, Any], Tensor]
 average and no more: it is asked for one block of C at a time, see :attr:`Method.by`."""
 
 
-def reduce(steps: Method | Steps, tokens: Tokens, evidence: Any, keep: int, options: Any) -> Tokens:
+def reduce(
+    steps: Method | Steps,
+    tokens: Tokens,
+    evidence: Any,
+    keep: int,
+    options: Any,
+    fates: list[Tensor] | None = None,
+) -> Tokens:
     """Filter, correlate, compress: ``keep`` tokens of each image stay, in raster order.
 
     Args:
@@ -449,15 +456,58 @@ def reduce(steps: Method | Steps, tokens: Tokens, evidence: Any, keep: int, opti
         evidence: of the layer.
         keep: how many tokens are left, at least 1.
         options: an instance of the method's options.
+        fates: gets what :func:`destinations` says, where somebody wants to see it.
     """
     leave = len(tokens) - keep + steps.added
     source, target = divide(steps.filter(tokens, evidence, leave, options), len(tokens))
+    fold = _folding(steps, tokens, evidence, source, target, options)
+    if fates is not None:
+        fates.append(destinations(fold, tokens))
+    return fold(tokens)
+
+
+Fold = Callable[[Tokens], Tokens]
+"""Tokens as they were -> those that stay. Who leaves and by which weights is settled before, by
+what the tokens really are: it may be given the same tokens with other hidden states."""
+
+
+def _folding(
+    steps: Method | Steps,
+    tokens: Tokens,
+    evidence: Any,
+    source: Tensor,
+    target: Tensor,
+    options: Any,
+) -> Fold:
+    """Correlate and compress, once it is settled who leaves."""
     if isinstance(steps, Method) and steps.weigh is not None:
-        return _reduce_in_turns(steps, tokens, evidence, source, target, options)
+        return partial(_fold_in_turns, steps, tokens, evidence, source, target, options)
     if steps.correlate is None or steps.compress is None:
-        return prune(tokens, target)
+        return partial(prune, target=target)
     weights = steps.correlate(tokens, evidence, source, target, options)
-    return steps.compress(tokens, evidence, source, target, weights, options)
+    compress = steps.compress
+    return lambda some: compress(some, evidence, source, target, weights, options)
+
+
+def destinations(fold: Fold, tokens: Tokens) -> Tensor:
+    """(B, n) int64: which of the tokens that stay takes most of each in; -1: none does.
+
+    Of a token that stays, that is itself. Found by folding tokens of which each has a channel of
+    its own: what comes out says how much of every token is in it. So nothing is said here of how
+    any method merges, but that it does so channel by channel, as a weighted sum.
+
+    Args:
+        fold: of a reduction.
+        tokens: that it is of.
+    """
+    images, n = tokens.hidden.shape[:2]
+    number = torch.arange(n, device=tokens.hidden.device)
+    found = []
+    for some in number.split(max(1, EVIDENCE_BYTES // (12 * n * images))):
+        own = (number[:, None] == some).float().expand(images, -1, -1)
+        share, where = fold(tokens.with_hidden(own)).hidden.max(1)
+        found.append(where.masked_fill(share <= 0, -1))
+    return torch.cat(found, 1)
 
 
 def blocks_of(one: Tensor, other: Tensor) -> tuple[Tensor, ...]:
@@ -469,10 +519,26 @@ def blocks_of(one: Tensor, other: Tensor) -> tuple[Tensor, ...]:
     return one.split(max(1, EVIDENCE_BYTES // (24 * max(other.shape[1], 1))), 1)
 
 
-def _reduce_in_turns(
-    method: Method, tokens: Tokens, evidence: Any, source: Tensor, target: Tensor, options: Any
+def _fold_in_turns(
+    method: Method,
+    tokens: Tokens,
+    evidence: Any,
+    source: Tensor,
+    target: Tensor,
+    options: Any,
+    some: Tokens,
 ) -> Tokens:
-    """Correlate, weigh and merge, one block of C after another."""
+    """Correlate, weigh and merge, one block of C after another.
+
+    Args:
+        method: what it is by.
+        tokens: by which the weights are found.
+        evidence: of the layer.
+        source: (B, S) who leaves.
+        target: (B, T) who stays.
+        options: of the method.
+        some: what is merged: the same tokens, perhaps with other hidden states.
+    """
 
     def weights(target: Tensor, source: Tensor) -> Tensor:
         assert method.correlate is not None and method.weigh is not None
@@ -480,11 +546,11 @@ def _reduce_in_turns(
         return method.weigh(tokens, evidence, source, target, correlation, options)
 
     if method.by == "source":
-        return merge(tokens, blocks_of(source, target), target, partial(weights, target))
-    kept, first = prune(tokens, target), 0
+        return merge(some, blocks_of(source, target), target, partial(weights, target))
+    kept, first = prune(some, target), 0
     for block in blocks_of(target, source):
         last = first + block.shape[1]
-        kept.hidden[:, first:last] = merge(tokens, [source], block, partial(weights, block)).hidden
+        kept.hidden[:, first:last] = merge(some, [source], block, partial(weights, block)).hidden
         first = last
     return kept
 
@@ -631,7 +697,14 @@ class Method:
         on_device = self.places in (["tower"], ["output"]) and not self.asks_question
         return on_device and not self.for_videos_alone
 
-    def reduce(self, tokens: Tokens, evidence: Evidence, keep: int, options: Any) -> Tokens:
+    def reduce(
+        self,
+        tokens: Tokens,
+        evidence: Evidence,
+        keep: int,
+        options: Any,
+        fates: list[Tensor] | None = None,
+    ) -> Tokens:
         """One stage of the vision part, see :func:`reduce`.
 
         Beside what it is given and what it returns it never holds more than three times
@@ -640,12 +713,12 @@ class Method:
         images, n, width = tokens.hidden.shape
         at_once = max(1, EVIDENCE_BYTES // (12 * n * max(n, width)))
         if images <= at_once:
-            return reduce(self, tokens, evidence, keep, options)
+            return reduce(self, tokens, evidence, keep, options, fates)
         left = Tokens(*(x.new_empty(images, keep, *x.shape[2:]) for x in tokens.tensors))
         for first in range(0, images, at_once):
             some = slice(first, first + at_once)
             theirs = tokens.of_images(some), evidence.of_images(some)
-            parts = reduce(self, *theirs, keep, options).tensors
+            parts = reduce(self, *theirs, keep, options, fates).tensors
             for whole, part in zip(left.tensors, parts, strict=True):
                 whole[some] = part
         return left
@@ -827,6 +900,20 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     """(B, S, T): cosine similarity of the rows of (B, S, d) and (B, T, d)."""
     a, b = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (a, b))
     return a @ b.transpose(-1, -2)
+
+
+def distances(x: Tensor) -> Tensor:
+    """(B, n, n) float32: Euclidean distances of tokens (B, n, D), as exact as float32 inputs are.
+
+    By products, which take a sixth of the time of differences; in double precision, as in single
+    their rounding would decide where tokens are long and alike. What is nearer than that is 0, so
+    that equal tokens stay equal.
+    """
+    wide = x.double()
+    squares = wide.square().sum(-1)
+    both = squares[..., None] + squares[:, None]
+    apart = torch.baddbmm(both, wide, wide.mT, alpha=-2)
+    return apart.masked_fill_(apart < 1e-13 * both, 0.0).sqrt().float()
 
 
 def on_device(values: list[int], device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
+from vllm_ficoco.preview import WORKER_EXTENSION
 from vllm_ficoco.vision.geometry import (
     GRAPHS_KEY,
     PRUNED_KEY,
@@ -49,6 +50,8 @@ class ReducingConfig(VerifyAndUpdateConfig):
             ENCODER_TOKENS_KEY,
             vllm_config.scheduler_config.max_num_batched_tokens,
         )
+        if not vllm_config.parallel_config.worker_extension_cls:  # else there are no previews
+            vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
         config = vllm_config.ec_manager_config
         if config.encoder_cache_manager_cls is None:
             config.encoder_cache_manager_cls = ENCODER_CACHE_MANAGER

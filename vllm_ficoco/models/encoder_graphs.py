@@ -106,9 +106,12 @@ class EncoderGraphs(SupportsEncoderCudaGraph):
 
         @lru_cache(maxsize=4096)
         def known(said: bytes) -> Known:
-            reduction = parse(said).reduction
+            packed = parse(said)
+            reduction = packed.reduction
             reduced = reduction is not None and self.geometry.parts(reduction)
             path = paths.get(reduction) if reduction and reduced else WHOLE
+            if packed.mark:  # a graph notes nothing
+                path = None
             return Known(reduction, path, self.geometry.kept(reduction))
 
         return known

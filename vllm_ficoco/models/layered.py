@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm_ficoco.methods.paradigm import on_device
 from vllm_ficoco.models.reducing import ReducingModel
 from vllm_ficoco.packed import PACKED_FIELD, unpack
+from vllm_ficoco.preview import ENTERED, Follower
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.geometry import Geometry, PartPlan
 from vllm_ficoco.vision.layout import Layout
@@ -87,7 +89,9 @@ class LayeredModel(ReducingModel):
             outputs.update(zip(whole, unreduced, strict=True))
         inputs: Any = kwargs["pixel_values"]
         pixels = [x if x.dim() == 4 else x[None] for x in inputs]
-        reduced = self._reduce(pixels, settings, layouts, plans, self.embed_questions(images))
+        marks = [image.mark for image in images]
+        questions = self.embed_questions(images)
+        reduced = self._reduce(pixels, settings, layouts, plans, questions, marks)
         if reduced:
             # One projector call for all images: it works token by token.
             hidden = [part.hidden for parts in reduced.values() for part in parts]
@@ -98,12 +102,14 @@ class LayeredModel(ReducingModel):
                 reduction = settings[i]
                 assert reduction is not None
                 outputs[i], numbers[i] = self._sequence(embedded, parts, reduction, layouts[i])
+                if marks[i]:
+                    Follower(marks[i]).note(ENTERED, 0, numbers[i], [], numbers[i])
         if self.staged_decoder is not None:
             for i, (reduction, layout) in enumerate(zip(settings, layouts, strict=True)):
                 # A batch may have padded an image with tiles that are not its own.
                 own = pixels[i][: layout.inputs]
                 outputs[i] = self.staged_decoder.mark(
-                    outputs[i], reduction, numbers.get(i), own[None], layout
+                    outputs[i], reduction, numbers.get(i), own[None], layout, images[i].mark
                 )
         return [outputs[i] for i in range(len(settings))]
 
@@ -114,6 +120,7 @@ class LayeredModel(ReducingModel):
         layouts: Sequence[Layout],
         plans: Sequence[list[PartPlan]],
         questions: Tensor | None,
+        marks: Sequence[str],
     ) -> dict[int, list[Reduced]]:
         """What the tower leaves of every image that it reduces, part by part."""
         reduced: dict[int, list[Reduced]] = {}
@@ -123,14 +130,22 @@ class LayeredModel(ReducingModel):
             if reduction is None or not parts:
                 continue
             if layout.is_tiled and reduction.spec.across is not None:
+                number = partial(_numbers_of, layout)
                 chosen = self.reducing_tower.across(
-                    pixels[i][: layout.inputs], reduction, layout, parts, self.images_at_once
+                    pixels[i][: layout.inputs],
+                    reduction,
+                    layout,
+                    parts,
+                    self.images_at_once,
+                    Follower(marks[i], number=number) if marks[i] else None,
                 )
-                reduced[i] = [Reduced(chosen[0], _numbers_of(layout, chosen[1]))]
+                reduced[i] = [Reduced(chosen[0], number(chosen[1]))]
                 continue
             reduced[i] = []
             for plan in parts:
-                work.append((i, plan, Input(reduction, plan.window, plan.stages)))
+                number = partial(_numbers_in_part, layout, plan)
+                follower = Follower(marks[i], plan.part, number) if marks[i] else None
+                work.append((i, plan, Input(reduction, plan.window, plan.stages, follower)))
         # Equal settings side by side: they run as one batch.
         work.sort(key=lambda each: each[2].reduction.key)
         for start in range(0, len(work), self.images_at_once):
@@ -140,11 +155,7 @@ class LayeredModel(ReducingModel):
             asked = rows(questions, [i for i, _, _ in now]) if questions is not None else None
             kept = self.reducing_tower(batch, [each for _, _, each in now], asked)
             for (i, plan, _), (hidden, place) in zip(now, kept, strict=True):
-                if layouts[i].is_tiled:
-                    window, (first, row) = plan.window, layouts[i].numbers(plan.part)
-                    down, right = place // window.columns, place % window.columns
-                    place = first + (down + window.top) * row + right + window.left
-                reduced[i].append(Reduced(hidden, place))
+                reduced[i].append(Reduced(hidden, _numbers_in_part(layouts[i], plan, place)))
         return reduced
 
     def _sequence(
@@ -180,6 +191,15 @@ def of_images(fields: Mapping[str, Any], images: list[int]) -> dict[str, Any]:
         name: rows(field, images) if isinstance(field, Tensor) else [field[i] for i in images]
         for name, field in fields.items()
     }
+
+
+def _numbers_in_part(layout: Layout, plan: PartPlan, place: Tensor) -> Tensor:
+    """(k,): the numbers of places (k,) in the window of a part."""
+    if not layout.is_tiled:
+        return place
+    window, (first, row) = plan.window, layout.numbers(plan.part)
+    down, right = place // window.columns, place % window.columns
+    return first + (down + window.top) * row + right + window.left
 
 
 def _numbers_of(layout: Layout, place: Tensor) -> Tensor:

@@ -26,6 +26,25 @@ from vllm_ficoco.models.layered import FLAT_TOWER, LayeredModel
 from vllm_ficoco.models.pixels import PlainPixels
 from vllm_ficoco.models.processing import ReducingProcessor
 
+Area = tuple[float, float, float, float]
+
+
+def seen_by(processor: Any, width: int, height: int) -> Area:
+    """Left, top, right and bottom of what an image processor leaves of an image, in its sides.
+
+    CLIP's scale it by its shorter side and cut the middle out.
+    """
+    if not getattr(processor, "do_center_crop", False):
+        return 0.0, 0.0, 1.0, 1.0
+    size, crop = processor.size or {}, processor.crop_size
+    if processor.do_resize and size.get("shortest_edge"):
+        scale = size["shortest_edge"] / min(width, height)
+        width, height = int(width * scale), int(height * scale)
+    elif processor.do_resize:
+        width, height = size["width"], size["height"]
+    across, down = crop["width"] / width, crop["height"] / height
+    return (1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2
+
 
 class ReducingLlavaProcessor(ReducingProcessor, LlavaMultiModalProcessor):
     """LLaVA with a CLIP or SigLIP tower."""
@@ -37,6 +56,9 @@ class ReducingLlavaProcessor(ReducingProcessor, LlavaMultiModalProcessor):
         if set_by_server:
             return None
         return PlainPixels(self.info.get_hf_processor().image_processor)
+
+    def seen_of(self, width: int, height: int) -> Area:
+        return seen_by(self.info.get_hf_processor().image_processor, width, height)
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]

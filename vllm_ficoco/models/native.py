@@ -44,6 +44,7 @@ from vllm_ficoco.models.processing import (
 )
 from vllm_ficoco.models.reducing import ReducingModel
 from vllm_ficoco.packed import PACKED_FIELDS, Packed, unpack
+from vllm_ficoco.preview import Follower
 from vllm_ficoco.vision.geometry import Geometry
 from vllm_ficoco.vision.layout import Layout
 from vllm_ficoco.vision.native import Kind, NativeTower
@@ -344,7 +345,8 @@ class NativeModel(ReducingModel):
         if item.reduction is None or item.layout is None:
             return None
         plans = self.geometry.parts(item.reduction, layout=item.layout)
-        return Kind(item.reduction, item.layout, tuple(plans)) if plans else None
+        follower = Follower(item.mark) if item.mark else None
+        return Kind(item.reduction, item.layout, tuple(plans), follower) if plans else None
 
     def _runs(self, items: Sequence[Packed]) -> Iterator[tuple[int, int]]:
         """Items that follow one another, no more tokens at once than the tower may make."""
@@ -389,7 +391,7 @@ class NativeModel(ReducingModel):
             tokens = VisualTokens.of(tokens, offsets=offsets)
         if self.staged_decoder is not None:
             tokens = self.staged_decoder.mark(
-                tokens, item.reduction, place, pixels[None], item.layout
+                tokens, item.reduction, place, pixels[None], item.layout, item.mark
             )
         return tokens
 

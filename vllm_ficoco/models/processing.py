@@ -38,6 +38,7 @@ from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from vllm_ficoco.models.question import questions
 from vllm_ficoco.packed import PACKED_FIELDS, Packed, pack, packed_of
+from vllm_ficoco.preview import PREVIEW_KEY, Mark
 from vllm_ficoco.settings import (
     BUDGET_KEY,
     MODALITIES,
@@ -61,6 +62,10 @@ COUNTS_KEY = COUNTS_KEYS["image"]
 LOWERED_KEY = "lowered_visual_tokens"
 """There, too: which images hold less than they would if nothing had been lowered; empty, if nothing
 was to be."""
+
+SIZES_KEY = "image_sizes_of_preview"
+"""There, too, where somebody follows images: width and height of every one, as it was loaded, and
+:meth:`ReducingProcessor.seen_of` it."""
 
 QUESTIONS_KEY = "reduction_questions"
 """Among processor options, where :meth:`ReducingProcessor.apply` puts the question of every item
@@ -96,7 +101,7 @@ def tokens_by_hash(mm_hash: str, geometry: Geometry) -> int:
 
 def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
     """What the Hugging Face processor may see."""
-    ours = (BUDGET_KEY, REDUCTION_KEY, *_NOT_FOR_REQUESTS)
+    ours = (BUDGET_KEY, REDUCTION_KEY, PREVIEW_KEY, *_NOT_FOR_REQUESTS)
     return {k: v for k, v in kwargs.items() if k not in ours}
 
 
@@ -114,6 +119,11 @@ def _geometry(config: Any) -> Geometry:
         geometry = Geometry.none(str(error))
     _geometries[id(config)] = weakref.ref(config), geometry
     return geometry
+
+
+def _mark(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """The mark of images that somebody follows, under its key; empty for all others."""
+    return {PREVIEW_KEY: kwargs[PREVIEW_KEY]} if PREVIEW_KEY in kwargs else {}
 
 
 def _asks(reduction: Reduction | None) -> bool:
@@ -230,6 +240,11 @@ class ReducingProcessor:
             VLLMValidationError: the model cannot take one of them in.
         """
         raise NotImplementedError
+
+    def seen_of(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what the tower sees of an image as a whole, in widths and
+        heights of it."""
+        return 0.0, 0.0, 1.0, 1.0
 
     def smaller_sizes(
         self, width: int, height: int, kwargs: Mapping[str, object] | None
@@ -369,7 +384,7 @@ class ReducingProcessor:
                     del self._came_to[next(iter(self._came_to))]
             settings[image] = chosen
         chosen_for: Any = {**asked, "image": settings} if asked["video"] else settings
-        inputs.hf_processor_mm_kwargs = {**options, _key(kwargs): chosen_for}
+        inputs.hf_processor_mm_kwargs = {**options, **_mark(kwargs), _key(kwargs): chosen_for}
 
     def _first_reached(
         self, ladder: OfLadder, images: Any, image: int, options: Mapping[str, object]
@@ -549,16 +564,24 @@ class ReducingProcessor:
             if any(reductions):
                 each = zip(hashes[modality], reductions, asking[modality], strict=True)
                 hashes[modality] = [
-                    self._hash(modality, plain, reduction, question) if reduction else plain
+                    self._hash(modality, plain, reduction, question, _mark(ours))
+                    if reduction
+                    else plain
                     for plain, reduction, question in each
                 ]
         return hashes
 
     def _hash(
-        self, modality: str, plain: str, reduction: Reduction, question: Sequence[int]
+        self,
+        modality: str,
+        plain: str,
+        reduction: Reduction,
+        question: Sequence[int],
+        mark: Mapping[str, object],
     ) -> str:
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm  # type: ignore[attr-defined]
         more = {"question": repr([*question])} if _asks(reduction) else {}
+        more |= {key: str(value) for key, value in mark.items()}
         made = MultiModalHasher.hash_kwargs(
             algorithm, **{modality: plain}, reduction=reduction.key, **more
         )
@@ -608,6 +631,7 @@ class ReducingProcessor:
             return kwargs
         return {
             **kwargs,
+            **_mark(ours),
             REDUCTION_KEY: settings,
             QUESTIONS_KEY: {m: [asking[m][i] for i in items] for m, items in missing.items()},
             _WHERE_KEY: {
@@ -628,6 +652,7 @@ class ReducingProcessor:
                     packed.reduction,
                     packed.layout if self.geometry.by_image else None,
                     packed.question,
+                    str(hf_kwargs.get(PREVIEW_KEY, "")) if packed.reduction else "",
                 )
                 for packed in settled["image"]
             ]
@@ -739,6 +764,10 @@ class ReducingProcessor:
                     "from the prompt.",
                     parameter=key,
                 )
+        if not isinstance(kwargs.get(PREVIEW_KEY, Mark()), Mark):
+            raise VLLMValidationError(
+                f"{PREVIEW_KEY} is not for requests to set: leave it out.", parameter=PREVIEW_KEY
+            )
         asked = self._asked(kwargs, inputs.mm_data_items)
         if not any(_asks(reduction) for settings in asked.values() for reduction in settings):
             return kwargs
@@ -780,4 +809,8 @@ class ReducingProcessor:
         for modality, key in COUNTS_KEYS.items():
             made[key] = [getattr(of, "packed", Packed()) for of in inputs.details[modality]]
         made[LOWERED_KEY] = getattr(inputs, "lowered", ())
+        if PREVIEW_KEY in ours:
+            images: Any = inputs.mm_data_items["image"]
+            sizes = [images.get_image_size(image) for image in range(len(images))]
+            made[SIZES_KEY] = [(*size, self.seen_of(*size)) for size in sizes]
         return made

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vllm_ficoco.methods import Evidence, Tokens
 from vllm_ficoco.methods.paradigm import on_device
+from vllm_ficoco.preview import Follower
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.frames import reduce_frames
 from vllm_ficoco.vision.geometry import PartPlan
@@ -36,6 +37,8 @@ class Kind(NamedTuple):
     layout: Layout
     plans: tuple[PartPlan, ...]
     """Of the image, or of the video's frames."""
+    follower: Follower | None = None
+    """Of an image that somebody follows."""
 
 
 class NativeTower:
@@ -103,7 +106,7 @@ class NativeTower:
         starts = [0]
         for embedded in embeddings:
             starts.append(starts[-1] + len(embedded) * self.unit)
-        for (reduction, layout, plans), items in alike.items():
+        for (reduction, layout, plans, follower), items in alike.items():
             frames, each = layout.inputs, layout.grid[0] * layout.grid[1] * self.unit
             with self.timer(reduction.method):
                 hidden = _together([embeddings[i] for i in items])
@@ -119,8 +122,13 @@ class NativeTower:
                     left = reduce_frames(hidden, evidence, reduction, layout, plans)
                 else:
                     tokens, options = Tokens.of(hidden), reduction.parsed_options()
-                    kept = reduction.spec.reduce(tokens, evidence, plans[0].keep, options)
+                    fates: list[Tensor] | None = None if follower is None else []
+                    kept = reduction.spec.reduce(tokens, evidence, plans[0].keep, options, fates)
                     left = kept.hidden, kept.position
+                    if follower is not None and fates is not None:
+                        last = len(self.visual.blocks) - 1
+                        seen = tokens.position[0], fates, kept.position[0]
+                        follower.note("output", last, *seen)
             for item, hidden, place in zip(items, *left, strict=True):
                 outputs[item] = (hidden, place)
         return outputs

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vllm_ficoco.methods import Evidence, Tokens
 from vllm_ficoco.methods.paradigm import on_device
 from vllm_ficoco.methods.parts import Parts
+from vllm_ficoco.preview import Follower
 from vllm_ficoco.schedule import Stage
 from vllm_ficoco.settings import Reduction
 from vllm_ficoco.vision.geometry import Geometry, PartPlan
@@ -41,6 +42,8 @@ class Input(NamedTuple):
     """What of the grid may stay."""
     stages: tuple[Stage, ...]
     """Where the others leave; none where all of the window stays."""
+    follower: Follower | None = None
+    """Of an image that somebody follows; places are those of the window."""
 
 
 class ReducingTower:
@@ -116,6 +119,7 @@ class ReducingTower:
         layout: Layout,
         plans: Sequence[PartPlan],
         at_once: int,
+        follower: Follower | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What is left of an image of which a method compares the parts with each other.
 
@@ -125,6 +129,7 @@ class ReducingTower:
             layout: the image's.
             plans: how many tokens its parts keep; of the tiles only the sum counts.
             at_once: how many of them the tower may run together.
+            follower: of the image; places are counted part after part.
 
         Returns:
             (kept, D) before the projector, and (kept,) places, counted part after part.
@@ -155,6 +160,9 @@ class ReducingTower:
             tiles = sum(plan.keep for plan in plans) - thumbnail
             parts = Parts(layout=layout, evidence=tuple(evidence))
             (place,) = across.choose(parts, thumbnail, tiles, options)
+            if follower is not None:
+                every = torch.arange(parts.places * layout.inputs, device=place.device)
+                follower.note("output", self.geometry.layers - 1, every, [], place)
             return torch.cat(outputs).flatten(0, 1)[place], place
 
     def frames(
@@ -233,11 +241,15 @@ class ReducingTower:
                 # It is the last layer: what is padding need not be there any more.
                 hidden, query, key = (self._within(x, each.window) for x in (hidden, query, key))
                 tokens = Tokens.of(hidden[:, first:])
+            fates: list[Tensor] | None = None if each.follower is None else []
             with self.timer(method.name):
                 evidence = self._evidence(layer, query, key, pixels, each.window, questions)
-                tokens = tokens.with_hidden(hidden[:, first:])
-                tokens = method.reduce(tokens, evidence, keep_after[i], options)
+                tokens, before = tokens.with_hidden(hidden[:, first:]), tokens.position
+                tokens = method.reduce(tokens, evidence, keep_after[i], options, fates)
                 hidden = torch.cat([hidden[:, :first], tokens.hidden], 1)
+            if each.follower is not None and fates is not None:
+                where = "tower" if method.place == "tower" else "output"
+                each.follower.note(where, i, before[0], fates, tokens.position[0])
             if method.place == "tower":
                 hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
                 tokens = tokens.with_hidden(hidden[:, first:])
