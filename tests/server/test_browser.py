@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import pytest
 from PIL import Image
 
 from tests.server.conftest import API_KEY, MODEL, TOKENS, Server, value
+from vllm_ficoco.tiny_llava import CHECKPOINT
 
 api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
@@ -105,6 +108,14 @@ def colours(canvas: Any, rows: int, columns: int) -> list[tuple[int, ...]]:
     return [tuple(colour) for colour in painted]
 
 
+def hover(canvas: Any, place: int, rows: int, columns: int) -> None:
+    """Point at the middle of a place of a grid over the whole picture."""
+    box = canvas.bounding_box()
+    row, column = divmod(place, columns)
+    x, y = box["width"] * (column + 0.5) / columns, box["height"] * (row + 0.5) / rows
+    canvas.hover(position={"x": x, "y": y})
+
+
 def teal(size: tuple[int, int]) -> bytes:
     """A picture of one colour, on which dimmed places are easy to see."""
     file = io.BytesIO()
@@ -159,65 +170,54 @@ def test_answers_side_by_side(tab: Any, server: Server) -> None:
     api.expect(tab.locator("#question")).to_have_value("what color is the star ?")
     choose(tab, 2, "ficoco-v", "N/9")
     ask(tab)
-    image = tab.evaluate(
-        """async () => {
-            const blob = await (await fetch("page/star.png")).blob();
-            const reader = new FileReader();
-            await new Promise((done) => { reader.onload = done; reader.readAsDataURL(blob); });
-            return reader.result;
-        }"""
-    )
+    star = base64.b64encode((CHECKPOINT / "examples/star.png").read_bytes()).decode()
+    image = {"url": f"data:image/png;base64,{star}"}
+    question = {"type": "text", "text": "what color is the star ?"}
     for number, (method, kept) in enumerate([("score", TOKENS), ("score", 48), ("ficoco-v", 16)]):
+        said = {"reduction": {"method": method, "budget": kept}}
         answer = server.openai.chat.completions.create(
             model=MODEL,
             messages=[
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image_url", "image_url": {"url": image}},
-                        {"type": "text", "text": "what color is the star ?"},
-                    ],
-                }
+                {"role": "user", "content": [{"type": "image_url", "image_url": image}, question]}
             ],
             temperature=0,
-            extra_body={"reduction": {"method": method, "budget": kept}},
+            extra_body=said,
         )
         shown = card(tab, number)
         assert shown.locator(".answer").inner_text() == answer.choices[0].message.content.strip()
         assert figure(shown, "kept") == f"{kept} of {TOKENS}"
-        assert figure(shown, "held").startswith(f"{kept * 6} KiB")  # a token has 6,144 bytes
+        held = f"{kept * 6}.0 KiB" if kept == 16 else f"{kept * 6} KiB"  # a token has 6,144 bytes
+        assert figure(shown, "held").startswith(held)
         ratio = 100 * answer.model_extra["reduction"]["estimated_prefill_flops_ratio"]
         assert figure(shown, "flops").startswith(f"{ratio:.1f} %")
         for name in ("first", "total"):
             assert re.fullmatch(r"\d+ ms|\d+\.\d\d s", figure(shown, name))
+    asked = {"image": image["url"], "question": question["text"], **said}
+    receivers = server.http.post("/v1/reduction/preview", json=asked).json()["receivers"]
+    taken = Counter(to for place, to in enumerate(receivers) if to not in (place, None))
+    [(place, others)] = taken.most_common(1)
+    hover(shown.locator("canvas"), place, 12, 12)
+    row, column = divmod(place, 12)
+    words = f"Row {row + 1}, column {column + 1}: kept, and took in {others} others."
+    assert caption(shown) == words
     REPORTS.mkdir(exist_ok=True)
     tab.screenshot(path=REPORTS / "page.png", full_page=True)
 
 
-def test_what_is_kept_is_what_the_server_says(tab: Any, server: Server) -> None:
-    if not server.http.get("/v1/reduction").json().get("preview"):
-        pytest.skip("this server has no previews")
+def test_what_is_kept_is_what_the_server_says(tab: Any) -> None:
     bring(tab, "teal.png", (168, 168))
     shown = only(tab, "ficoco-v", "N/3")
     with tab.expect_response("**/v1/reduction/preview") as answered:
         ask(tab)
     said = answered.value.json()
-    assert caption(shown) == f"48 of {TOKENS} tokens {_behind(said['stages'][-1])}."
+    last = said["stages"][-1]
+    assert caption(shown) == f"48 of {TOKENS} tokens after layer {last['layer']} of the tower."
     painted = colours(shown.locator("canvas"), 12, 12)
     assert [place for place, colour in enumerate(painted) if colour == TEAL] == said["kept"]
     merged = next(p for p, to in enumerate(said["receivers"]) if to not in (p, None))
-    into = said["receivers"][merged]
-    canvas = shown.locator("canvas")
-    size = canvas.bounding_box()["width"]
-    at = {"x": size * (merged % 12 + 0.5) / 12, "y": size * (merged // 12 + 0.5) / 12}
-    canvas.hover(position=at)
-    row, column = divmod(into, 12)
+    row, column = divmod(said["receivers"][merged], 12)
+    hover(shown.locator("canvas"), merged, 12, 12)
     assert caption(shown).endswith(f": merged into row {row + 1}, column {column + 1}.")
-
-
-def _behind(stage: dict[str, Any]) -> str:
-    assert stage["where"] == "tower"
-    return f"after layer {stage['layer']} of the tower"
 
 
 def test_a_refusal_stands_in_its_card(tab: Any) -> None:
@@ -342,11 +342,7 @@ def test_where_a_place_has_gone(tab: Any) -> None:
         (6, "Row 2, column 3: kept."),
         (15, "Row 4, column 4: gone from layer 4 of the decoder on."),
     ):
-        at = {
-            "x": box["width"] * (place % 4 + 0.5) / 4,
-            "y": box["height"] * (place // 4 + 0.5) / 4,
-        }
-        canvas.hover(position=at)
+        hover(canvas, place, 4, 4)
         assert caption(shown) == words
     canvas.focus()
     for key in ("ArrowUp", "ArrowRight"):  # from the last one round to the first, and on
@@ -357,7 +353,7 @@ def test_where_a_place_has_gone(tab: Any) -> None:
     slider.press("ArrowLeft")
     assert caption(shown) == "14 of 16 tokens after layer 3 of the tower."
     assert clear() == MERGED["stages"][0]["kept"]
-    canvas.hover(position={"x": box["width"] * 5 / 8, "y": box["height"] / 8})
+    hover(canvas, 2, 4, 4)
     assert caption(shown) == "Row 1, column 3: merged into row 1, column 2."
     slider.press("ArrowLeft")
     assert caption(shown) == "16 of 16 tokens before any leave."
@@ -392,8 +388,7 @@ def test_tiles_and_their_padding(tab: Any) -> None:
         37,
         50,
     ]
-    box = large.bounding_box()
-    large.hover(position={"x": box["width"] * 4.5 / 8, "y": box["height"] * 0.5 / 4})
+    hover(large, 4, 4, 8)
     assert caption(shown) == "Row 3, column 5 of the tiles: kept."
     large.focus()
     for _ in range(2):
