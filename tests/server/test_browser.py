@@ -47,7 +47,7 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture
 def tab(chromium: Any, server: Server) -> Iterator[Any]:
     """The page of somebody who has given the key. It asks nobody else, and nothing fails in it."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    context = chromium.new_context(viewport={"width": 1080, "height": 900}, color_scheme="light")
     context.add_init_script(SIGNED_IN)
     tab = context.new_page()
     asked, failed = list[str](), list[str]()
@@ -195,13 +195,14 @@ def test_answers_side_by_side(tab: Any, server: Server) -> None:
     asked = {"image": image["url"], "question": question["text"], **said}
     receivers = server.http.post("/v1/reduction/preview", json=asked).json()["receivers"]
     taken = Counter(to for place, to in enumerate(receivers) if to not in (place, None))
-    [(place, others)] = taken.most_common(1)
+    place, others = taken.most_common()[len(taken) // 3]
     hover(shown.locator("canvas"), place, 12, 12)
     row, column = divmod(place, 12)
     words = f"Row {row + 1}, column {column + 1}: kept, and took in {others} others."
     assert caption(shown) == words
-    REPORTS.mkdir(exist_ok=True)
-    tab.screenshot(path=REPORTS / "page.png", full_page=True)
+    REPORTS.mkdir(exist_ok=True)  # docs/page.png is one of these
+    shot = Image.open(io.BytesIO(tab.screenshot(full_page=True)))
+    shot.convert("RGB").quantize(128).save(REPORTS / "page.png", optimize=True)
 
 
 def test_what_is_kept_is_what_the_server_says(tab: Any) -> None:
