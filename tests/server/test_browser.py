@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture
-def tab(chromium: Any, server: Server) -> Iterator[Any]:
+@contextmanager
+def opened(chromium: Any, server: Server) -> Iterator[Any]:
     """The page of somebody who has given the key. It asks nobody else, and nothing fails in it."""
     context = chromium.new_context(viewport={"width": 1080, "height": 900}, color_scheme="light")
     context.add_init_script(SIGNED_IN)
@@ -54,13 +55,19 @@ def tab(chromium: Any, server: Server) -> Iterator[Any]:
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("pageerror", lambda error: failed.append(str(error)))
     tab.goto(server.url)
-    api.expect(tab.locator("#about")).to_contain_text(f"{TOKENS} visual tokens")
+    api.expect(tab.locator("#about")).to_contain_text("visual tokens (N)")
     api.expect(tab.locator("#chosen")).to_contain_text("night.png")
     yield tab
     context.close()
     assert failed == []
     elsewhere = [url for url in asked if not url.startswith((server.url, "data:", "blob:"))]
     assert elsewhere == []
+
+
+@pytest.fixture
+def tab(chromium: Any, server: Server) -> Iterator[Any]:
+    with opened(chromium, server) as tab:
+        yield tab
 
 
 def card(tab: Any, number: int) -> Any:
@@ -293,6 +300,22 @@ def test_the_live_strip_says_what_metrics_say(tab: Any, server: Server) -> None:
     api.expect(tab.locator("#saved")).to_have_text(f"{had - kept:,.0f} of {had:,.0f}")
     api.expect(tab.locator("#running")).to_have_text("0")
     assert re.fullmatch(r"\d+\.\d %", tab.locator("#cache").inner_text())
+
+
+def test_shares_of_an_image_whose_size_says_n(chromium: Any, tiled: Server) -> None:
+    with opened(chromium, tiled) as tab:
+        tab.get_by_label("Longest answer").fill("4")
+        bring(tab, "teal.png", (200, 100))
+        ask(tab)
+        _, of, said = figure(card(tab, 0), "kept").split()
+        n = int(said)
+        assert of == "of" and n > 40  # a thumbnail of 16, tiles, and newlines
+        for number, part in enumerate((1, 3, 9)):
+            assert figure(card(tab, number), "kept") == f"{n // part} of {n}"
+        assert caption(card(tab, 0)) == f"All {n} tokens stay."
+        assert caption(card(tab, 2)).startswith(f"{n // 9} of {n} tokens after the tower, ")
+        large = card(tab, 2).locator("canvas").last
+        assert large.get_attribute("aria-label").startswith("The tiles,")
 
 
 # --- What is drawn, with previews that are said here --------------------------------------------
