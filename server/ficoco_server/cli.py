@@ -76,8 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unknown command {arguments[0]!r}; there are: {there}")
     flags, rest = parser.parse_known_args(arguments[1:])
     said = flags.__dict__.pop("stages") or os.environ.get("FICOCO_STAGES")
-    if flags.__dict__.pop("no_preview"):
-        os.environ["FICOCO_PREVIEW"] = "0"
+    for name in ("page", "preview"):
+        if flags.__dict__.pop(f"no_{name}"):
+            os.environ[f"FICOCO_{name.upper()}"] = "0"
     stages = _layers(parser, said)
     if stages:  # so that the server can tell that it has them
         os.environ["FICOCO_STAGES"] = ",".join(map(str, stages))
@@ -312,6 +313,7 @@ def _parser() -> argparse.ArgumentParser:
         group.add_argument(
             f"--reduction-{name}", dest=name.replace("-", "_"), metavar=metavar, help=text
         )
+    group.add_argument("--no-page", action="store_true", help="no page at / (FICOCO_PAGE=0)")
     group.add_argument(
         "--no-preview", action="store_true", help="no /v1/reduction/preview (FICOCO_PREVIEW=0)"
     )

@@ -22,10 +22,13 @@ class EndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         """Put our routes over vLLM's of the same path, and a door before them all."""
-        from ficoco_server import api_router, lifecycle
+        from ficoco_server import api_router, lifecycle, page
+        from ficoco_server.policy import Policy
 
         lifecycle.attach(app)
         api_router.attach(app)
+        if Policy.from_environment().page:
+            page.attach(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Read the policy and put our handlers over vLLM's; any mistake stops the start-up."""

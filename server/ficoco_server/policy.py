@@ -102,6 +102,8 @@ class Policy(BaseModel):
     alias: Mapping[str, Mapping[str, Any]] = {}
     """Names under which clients find the model with another default for images: what each says of
     method, budget and options. See :meth:`named`."""
+    page: bool = True
+    """Whether ``GET /`` is a page to see budgets at work."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Policy:
@@ -125,12 +127,12 @@ class Policy(BaseModel):
                 given[name] = _declared(name, text)
             elif name == "default_method":
                 given[name] = text
-            elif name == "preview":
-                given[name] = _switch(name, text)
             elif name == "pressure":
                 given[name] = None if text.lower() == NO_REDUCTION else _marks(name, text)
             elif name == "alias":
                 given[name] = _aliases(name, text)
+            elif name in ("page", "preview"):
+                given[name] = _switch(name, text)
             elif text.lower() != NO_REDUCTION:
                 given[name] = _budget(name, text)
         policy = cls(**given)

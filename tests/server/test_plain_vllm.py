@@ -44,6 +44,7 @@ def test_plain_vllm_with_a_default_policy(tmp_path: Path) -> None:
             [said] = answer.reduction["images"]
             assert (said["method"], said["visual_tokens_kept"], answer.model) == (*due, "plain")
         assert server.http.get("/v1/reduction").json()["defaults"]["budget"] == 48
+        assert "<title>Visual token budgets</title>" in server.http.get("/").text
         for field, given in (("visual_token_budget", 49), ("reduction", {"method": "none"})):
             body = {"model": "plain", "messages": user(image()), field: given}
             refused = server.http.post("/v1/chat/completions", json=body)
