@@ -24,7 +24,7 @@ help: ## Show this list
 
 # The CPU build of torch is in PyTorch's own package index, which pip does not know. Where
 # pip finds no such build, uv takes it from there.
-$(INSTALLED): pyproject.toml deploy/cpu_torchvision.py
+$(INSTALLED): pyproject.toml deploy/cpu_torchvision.py deploy/cpu_vllm.py
 	@echo "Setting up $(VENV) for $(DEVICE): a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(DEVICE),cpu)
@@ -32,6 +32,7 @@ ifeq ($(DEVICE),cpu)
 	  $(BIN)/python -m pip install --quiet uv && \
 	  $(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu -e '.[cpu,dev]'; }
 	$(BIN)/python deploy/cpu_torchvision.py
+	$(BIN)/python deploy/cpu_vllm.py
 else
 	$(BIN)/python -m pip install --quiet -e '.[gpu,dev]'
 endif
