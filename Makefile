@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types fast-test clean
+.PHONY: help serve test lint types fast-test charts clean
 
 # `command -v` is not enough: a version manager's shim may exist without its Python.
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -68,6 +68,10 @@ types: $(INSTALLED) ## Check types
 
 fast-test: $(INSTALLED) ## Run the tests that start neither an engine nor a server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not engine and not server"
+
+# Beside what `make tools` installs of it.
+charts: .tools/kubernetes/.installed ## Fetch helm, charts and definitions for the tests of deploy/kubernetes
+	.tools/kubernetes/bin/python tests/tools/kubernetes.py
 
 clean: ## Remove caches and build products (not the environment, .venv)
 	rm -rf build dist reports .mypy_cache .pytest_cache .ruff_cache .coverage
