@@ -62,7 +62,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def routed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Routed]:
-    """The command of deploy/README.md, with other addresses."""
+    """The command of deploy/README.md, with other addresses and a key."""
     if shutil.which(ROUTER) is None:
         pytest.skip("needs vllm-router: make tools")
     text = (ROOT / "deploy/README.md").read_text()
@@ -76,7 +76,9 @@ def routed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         _, *arguments = shlex.split(said)
         arguments[arguments.index("--port") + 1] = str(port)
         process = subprocess.Popen(
-            [ROUTER, *arguments, f"--prometheus-port={free_port()}"], stdout=log, stderr=log
+            [ROUTER, *arguments, f"--prometheus-port={free_port()}", f"--api-key={API_KEY}"],
+            stdout=log,
+            stderr=log,
         )
         url = f"http://127.0.0.1:{port}"
         try:
