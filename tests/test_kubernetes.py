@@ -248,6 +248,13 @@ def test_the_dockerfile_is_clean() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_what_images_copy_is_there_for_them() -> None:
+    allowed = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.M)
+    copies = re.findall(r"^COPY (?!--from)(.*) \S+$", (ROOT / "Dockerfile").read_text(), re.M)
+    for source in " ".join(copies).split():
+        assert source in allowed and (ROOT / source).exists(), source
+
+
 def test_no_image_runs_as_root() -> None:
     """As a number, or Kubernetes cannot tell that it is not root; with a home that it may use."""
     compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
