@@ -39,8 +39,8 @@ class Figures(NamedTuple):
 
     concurrency: int
     requests_per_s: float
-    kv_of_one: float
-    """Share of the KV cache that a request holds while it runs."""
+    kv_of_one: float | None
+    """Share of the KV cache that a request holds while it runs; None where none was seen to run."""
     kv: float
     """The largest share of the KV cache that was used."""
 
@@ -98,7 +98,7 @@ def measured(lines: Sequence[Line], within: Mapping[str, float]) -> dict[str, Fi
             setting that has no concurrency within them is left out.
 
     Raises:
-        CannotPlan: requests arrived at a rate, or ended before anybody saw them run.
+        CannotPlan: requests arrived at a rate.
     """
     best: dict[str, Figures] = {}
     for (setting, concurrency), group in groups(lines).items():
@@ -111,15 +111,10 @@ def measured(lines: Sequence[Line], within: Mapping[str, float]) -> dict[str, Fi
             continue
         watches = [line["watch"] for line in group]
         ran = sum(sum(watch["running"]) for watch in watches)
-        if not ran:
-            raise CannotPlan(
-                f"nobody saw requests of {setting} run at {concurrency} at once: they were over "
-                "too soon. Measure with more --requests"
-            )
         figures = Figures(
             concurrency,
             _median(group, "requests_per_s"),
-            sum(sum(watch["kv_cache_usage"]) for watch in watches) / ran,
+            sum(sum(watch["kv_cache_usage"]) for watch in watches) / ran if ran else None,
             median(watch["most_kv_cache_usage"] for watch in watches),
         )
         if setting not in best or figures.requests_per_s > best[setting].requests_per_s:
@@ -209,7 +204,13 @@ def report(mix: Mix, rate: float, figures: Mapping[str, Figures], use: float, kv
     full = need(without_budgets(mix), rate, figures, use, kv_use)
     used = dict.fromkeys(str(part.setting) for part in needed.parts + full.parts)
     rows = [
-        (name, its.concurrency, its.requests_per_s, 100 * its.kv_of_one, 100 * its.kv)
+        (
+            name,
+            its.concurrency,
+            its.requests_per_s,
+            "not seen" if its.kv_of_one is None else 100 * its.kv_of_one,
+            100 * its.kv,
+        )
         for name in used
         for its in [figures[name]]
     ]
