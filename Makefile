@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types fast-test clean
+.PHONY: help serve test lint types fast-test charts clean
 
 # `command -v` is not enough: a version manager's shim may exist without its Python.
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -24,7 +24,7 @@ help: ## Show this list
 
 # The CPU build of torch is in PyTorch's own package index, which pip does not know. Where
 # pip finds no such build, uv takes it from there.
-$(INSTALLED): pyproject.toml deploy/cpu_torchvision.py
+$(INSTALLED): pyproject.toml deploy/cpu_torchvision.py deploy/cpu_vllm.py
 	@echo "Setting up $(VENV) for $(DEVICE): a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(DEVICE),cpu)
@@ -32,6 +32,7 @@ ifeq ($(DEVICE),cpu)
 	  $(BIN)/python -m pip install --quiet uv && \
 	  $(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu -e '.[cpu,dev]'; }
 	$(BIN)/python deploy/cpu_torchvision.py
+	$(BIN)/python deploy/cpu_vllm.py
 else
 	$(BIN)/python -m pip install --quiet -e '.[gpu,dev]'
 endif
@@ -67,6 +68,10 @@ types: $(INSTALLED) ## Check types
 
 fast-test: $(INSTALLED) ## Run the tests that start neither an engine nor a server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not engine and not server"
+
+# Beside what `make tools` installs of it.
+charts: .tools/kubernetes/.installed ## Fetch helm, charts and definitions for the tests of deploy/kubernetes
+	.tools/kubernetes/bin/python tests/tools/kubernetes.py
 
 clean: ## Remove caches and build products (not the environment, .venv)
 	rm -rf build dist reports .mypy_cache .pytest_cache .ruff_cache .coverage

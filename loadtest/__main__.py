@@ -7,6 +7,7 @@ Every setting at every concurrency, in turns, with images (or videos: ``--videos
 has seen and answers of a fixed length; /metrics is read meanwhile, and a server that kept another
 number of visual tokens than asked is an error. Each run is a line in ``runs.jsonl`` at once: Ctrl-C
 leaves what was measured, and the same command goes on. Report and pictures are made from all lines.
+``python -m loadtest plan`` says from them how many replicas traffic needs.
 
 Needs the package's extra ``eval``.
 """
@@ -31,6 +32,7 @@ import httpx
 import numpy as np
 from tqdm import tqdm
 
+from loadtest import replicas
 from loadtest.bench import Load, send
 from loadtest.report import write
 from loadtest.traffic import FULL, Mix, Setting, messages
@@ -308,6 +310,9 @@ async def run(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m loadtest``."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["plan"]:
+        return replicas.main(arguments[1:])
     args = parse(arguments)
     try:
         asyncio.run(run(args))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sends requests with the load generator that comes with vLLM, ``vllm bench serve``.
 
-The only file here that knows vLLM. It calls the function behind that command, not the command,
-because each request has its own settings, and because the command takes longer to start than many
-a run takes.
+The only file here that knows vLLM, which it imports when something is to be sent. It calls the
+function behind that command, not the command, because each request has its own settings, and
+because the command takes longer to start than many a run takes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ import contextlib
 import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-from vllm.benchmarks.datasets import SampleRequest
-from vllm.benchmarks.serve import TaskType, benchmark
 
 from loadtest.traffic import Setting, messages
 
@@ -51,6 +48,9 @@ async def send(
         vLLM's result: lists of ``ttfts``, ``latencies``, ``queue_times``, ``output_lens``,
         ``errors`` by request, and ``completed``, ``failed``, ``duration``, ...
     """
+    from vllm.benchmarks.datasets import SampleRequest
+    from vllm.benchmarks.serve import TaskType, benchmark
+
     requests = [
         SampleRequest(
             prompt="",

@@ -29,6 +29,13 @@ DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/vllm-ficoco.json").read_tex
 ALERTS = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())
 QUERIES = [t["expr"] for panel in DASHBOARD["panels"] for t in panel["targets"]]
 CONDITIONS = [rule["expr"] for group in ALERTS["groups"] for rule in group["rules"]]
+SCALING = [
+    line
+    for file in ("prometheus-adapter.yaml", "production-stack.yaml")
+    for line in (DEPLOY / "kubernetes" / file).read_text().splitlines()
+    if "uery: " in line and "<<" not in line
+]
+"""What more or fewer servers are decided by."""
 
 
 def ask(server: Server) -> None:
@@ -83,10 +90,11 @@ def test_grafana_finds_its_source_and_its_dashboards() -> None:
 
 @pytest.mark.server
 def test_dashboard_and_alerts_ask_for_series_that_there_are(server: Server) -> None:
+    assert len(SCALING) == 2
     ask(server)
     page = server.http.get("/metrics").text
     known = set(re.findall(r"^# TYPE (\S+)", page, re.MULTILINE))
-    for query in QUERIES + CONDITIONS:
+    for query in QUERIES + CONDITIONS + SCALING:
         for name in re.findall(r"vllm[:_][a-z0-9_]+", query):
             assert known & {name, re.sub(r"_(bucket|sum|count)$", "", name)}, (name, query)
 

@@ -31,7 +31,9 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.server
-def test_a_sweep_measures_every_setting_and_goes_on(server: Server, tmp_path: Path) -> None:
+def test_a_sweep_measures_every_setting_and_goes_on(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep = "--concurrency=1,4 --methods=score,tome --budgets=144,48 --goodput ttft:60000"
     more = [f"--mix={MIX}", *sweep.split()]
     lines = load(server, tmp_path, *more)
@@ -52,6 +54,10 @@ def test_a_sweep_measures_every_setting_and_goes_on(server: Server, tmp_path: Pa
     assert all(f"| {setting} |" in report for setting in settings)
     for picture in ("throughput", "ttft", "tpot", "kv", "goodput"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 1000
+    capsys.readouterr()
+    main(["plan", str(tmp_path / "runs.jsonl"), "--mix=score@48=3,none=1", "--rate=1000"])
+    best = max(line["requests_per_s"] for line in lines if line["setting"] == "none")
+    assert f"| none | 1000 | {best:.4g} | {1000 / best:.4g} |" in capsys.readouterr().out
     # One more setting: the rest is there already.
     assert load(server, tmp_path, *more, "--methods=score,tome,topk")[:-2] == lines
     with pytest.raises(SystemExit, match="other conditions"):

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
+from deploy.cpu_vllm import write
 from tests.server.conftest import TOKENS, image, running, user, value
 from vllm_ficoco.tiny_llava import CHECKPOINT
 
@@ -21,9 +25,11 @@ def test_plain_vllm_with_a_default_policy(tmp_path: Path) -> None:
         "FICOCO_ALIAS": 'fast=20; best={"method": "score", "budget": 48}',
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
     }
-    # What `vllm serve` runs; that command itself needs a distribution named vllm, not vllm-cpu.
-    command = ["vllm.entrypoints.openai.api_server", f"--model={CHECKPOINT}"]
+    with contextlib.suppress(PackageNotFoundError):  # vLLM for GPUs: its command starts by itself
+        write(tmp_path)
+    command = ["vllm.entrypoints.cli.main", "serve", str(CHECKPOINT)]
     with running(
         [*command, "--served-model-name=plain"], tmp_path / "log", **environment
     ) as server:
