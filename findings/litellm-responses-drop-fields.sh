@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Package:   litellm 1.110.2 (its proxy)
+# Package:   litellm 1.108.7 (its proxy)
 # Date:      2026-11-28, Python 3.11
 # Source:    litellm/responses/utils.py: get_requested_response_api_optional_param keeps the keys of OpenAI's own parameters
 # Behaviour: before a vLLM server (`hosted_vllm/`), the proxy passes fields that OpenAI does not have on from
@@ -17,7 +17,7 @@
 set -euo pipefail
 folder=$(mktemp -d); trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv" || exit 2
-"$folder/venv/bin/pip" install --quiet 'litellm[proxy]==1.110.2' || exit 2
+"$folder/venv/bin/pip" install --quiet 'litellm[proxy]==1.108.7' || exit 2
 read -r upstream port < <(python3 - <<'PY'
 import socket
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Package:   litellm 1.110.2 (the library; its proxy does the same)
+# Package:   litellm 1.108.7 (the library; its proxy does the same)
 # Date:      2026-11-28, Python 3.11
 # Source:    litellm/litellm_core_utils/streaming_handler.py builds each chunk anew from choices and usage
 # Behaviour: what a server adds to a chat completion at the top level reaches the client, beside `choices` and `usage`. Of the same
@@ -15,7 +15,7 @@
 set -euo pipefail
 folder=$(mktemp -d); trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv" || exit 2
-"$folder/venv/bin/pip" install --quiet litellm==1.110.2 || exit 2
+"$folder/venv/bin/pip" install --quiet litellm==1.108.7 || exit 2
 cat > "$folder/show.py" <<'PY'
 import json
 import os
