@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types fast-test charts clean
+.PHONY: help serve test lint types fast-test tools charts clean
 
 # `command -v` is not enough: a version manager's shim may exist without its Python.
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -69,10 +69,23 @@ types: $(INSTALLED) ## Check types
 fast-test: $(INSTALLED) ## Run the tests that start neither an engine nor a server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not engine and not server"
 
+# Each in an environment of its own over this one: torch and what else fits is taken from below, so
+# that no tool brings CUDA's gigabytes. An environment reads the .pth files of its own folder alone.
+TOOLS := $(patsubst tests/tools/%.txt,.tools/%/.installed,$(wildcard tests/tools/*.txt))
+
+tools: $(TOOLS) ## Install what README names under "Use it with" into .tools, for its tests
+
+.tools/%/.installed: tests/tools/%.txt $(INSTALLED)
+	$(BIN)/python -m venv --clear .tools/$*
+	$(BIN)/python -c 'import sysconfig as s; print("import site; site.addsitedir(%r)" % s.get_path("purelib"))' \
+	  > $$(echo .tools/$*/lib/python*/site-packages)/below.pth
+	.tools/$*/bin/python -m pip install --quiet -r $<
+	@touch $@
+
 # Beside what `make tools` installs of it.
 charts: .tools/kubernetes/.installed ## Fetch helm, charts and definitions for the tests of deploy/kubernetes
 	.tools/kubernetes/bin/python tests/tools/kubernetes.py
 
-clean: ## Remove caches and build products (not the environment, .venv)
+clean: ## Remove caches and build products (not the environments, .venv and .tools)
 	rm -rf build dist reports .mypy_cache .pytest_cache .ruff_cache .coverage
-	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path './$(VENV)' -prune -o -path ./.tools -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
