@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types fast-test clean
+.PHONY: help serve test lint types fast-test next-vllm clean
 
 # `command -v` is not enough: a version manager's shim may exist without its Python.
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -67,6 +67,10 @@ types: $(INSTALLED) ## Check types
 
 fast-test: $(INSTALLED) ## Run the tests that start neither an engine nor a server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not engine and not server"
+
+NEXT ?= 0.33.0
+next-vllm: $(INSTALLED) ## Compare what is used of vLLM with another version's sources, and run fast tests on them
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.next_vllm $(NEXT)
 
 clean: ## Remove caches and build products (not the environment, .venv)
 	rm -rf build dist reports .mypy_cache .pytest_cache .ruff_cache .coverage
