@@ -290,7 +290,7 @@ class Answer(NamedTuple):
     kept: dict[tuple[int, int], list[int]]
     """Places on the grid of the tokens that a method has left, by layer and image."""
     apart: list[float]
-    """Where streams were given, how far from them was what the loop had: their mean difference."""
+    """Where streams were given, the mean difference of each from what the loop had."""
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -323,8 +323,8 @@ def answer(
         new_tokens: how many to make.
         turns: (3, T and more) positions of three rows, where they are not those in the prompt.
         levels: (T, levels * D) what is added to the prompt behind each of the first layers.
-        streams: (rows, D) that enter each layer, and leave the last, of another run of the prompt:
-            every layer goes on from these, so that what a layer does can be compared by itself.
+        streams: (rows, D) that come to each layer, and leave the last, of another run of the
+            prompt: every layer goes on from these, so that it can be compared by itself.
     """
     decoder = model.model.language_model
     config = decoder.config
@@ -344,6 +344,7 @@ def answer(
     def forward(x: Tensor, position: list[int]) -> Tensor:
         before = x[:0]
         for number, layer in enumerate(decoder.layers):
+            x = follow(x)
 
             def project(x: Tensor, position: list[int], layer=layer) -> tuple[Tensor, ...]:
                 y, attention = layer.input_layernorm(x), layer.self_attn
@@ -388,7 +389,6 @@ def answer(
                 chosen |= rest
                 x = torch.stack([chosen[r] for r in sorted(chosen)])
                 position = [position[r] for r in sorted(chosen)]
-            x = follow(x)
             query, key, value = project(x, position)
             before = key
             if cache[number] is not None:
