@@ -221,12 +221,14 @@ def uses_of(sources: Sources, module: str) -> Iterator[Use]:
     tree = sources.tree(module)
     assert tree is not None
     names: dict[str, Use] = {}
+    every: list[Use] = []
     modules: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and is_vllm(node.module):
             for alias in node.names:
                 use = Use(node.module or "", alias.name)
                 names[alias.asname or alias.name] = use
+                every.append(use)
                 found = sources.find(*use[:2])
                 if found and isinstance(found.node, ast.Module):
                     modules[alias.asname or alias.name] = found.module
@@ -234,7 +236,7 @@ def uses_of(sources: Sources, module: str) -> Iterator[Use]:
             for alias in node.names:
                 if is_vllm(alias.name) and alias.asname:
                     modules[alias.asname] = alias.name
-    yield from names.values()
+    yield from every
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if inside := modules.get(node.value.id):
@@ -274,6 +276,9 @@ def modules_of(package: str, folder: Path) -> Iterator[str]:
 def compare(now: Path, then: Path, ours: dict[str, Path] = OURS) -> dict[Use, tuple[str, str]]:
     """What is used and is not the same in two versions of vLLM: as it was, and as it is.
 
+    What takes more than it did, by default, is the same to who calls it, but not to who overrides
+    it. What is only in the other version is asked for where the one that is used has it elsewhere.
+
     Args:
         now: folder of the version that is used.
         then: of the other.
@@ -286,11 +291,35 @@ def compare(now: Path, then: Path, ours: dict[str, Path] = OURS) -> dict[Use, tu
         for module in modules_of(package, folder)
         for use in uses_of(before, module)
     }
-    shapes = {use: (before.shape(use) or "not there", after.shape(use) or "gone") for use in used}
-    return {use: shapes[use] for use in sorted(used) if shapes[use][0] != shapes[use][1]}
+    differ: dict[Use, tuple[str, str]] = {}
+    for use in sorted(used):
+        was, now = before.shape(use), after.shape(use)
+        if was is None and now is not None:
+            continue
+        if was is None or now is None or not (was == now or _takes_more(use, was, now)):
+            differ[use] = was or "not there", now or "gone"
+    return differ
 
 
-ACCEPTED: dict[str, str] = {}
+def _takes_more(use: Use, was: str, now: str) -> bool:
+    """Whether all that is new has a default, of what nobody overrides."""
+    old, new = (shape.strip("()").split(", ") for shape in (was, now))
+    added = [part for part in new if part not in old]
+    known = [part for part in new if part in old] == old
+    return not use.attribute and known and all(part == "*" or part[-1] == "=" for part in added)
+
+
+BATCH = "vllm.entrypoints.launchers.run_batch"
+ACCEPTED = {
+    "vllm.entrypoints.serve.utils.api_utils: cli_env_setup": "cli.py looks in both places",
+    "vllm.entrypoints.scale_out.token_in_token_out.serving: ServingTokens": (
+        "vLLM makes it, and it becomes ours"
+    ),
+    **{
+        f"{BATCH}: {name}": "cli.py refuses run-batch"
+        for name in ("handle_endpoint_request", "read_file", "write_file")
+    },
+}
 """What may differ, as :class:`Use` is printed, and why that does no harm."""
 
 

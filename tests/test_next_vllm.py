@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from ficoco_server import cli
 from tests.next_vllm import Use, compare
 from vllm_ficoco import plugin, versions
 from vllm_ficoco.engine import checks
@@ -72,6 +73,10 @@ BASE, OTHER = "vllm.base", "vllm.other"
 CHANGES = {
     "a table's name": ("__init__.py", '"Engine"', '"Motor"', Use("vllm", "Engine")),
     "a constructor": ("base.py", "size, *", "size, rank, *", Use("vllm", "Engine")),
+    "a default of what is overridden": (
+        *("other.py", "(self, rows)", "(self, rows, step=1)"),
+        Use(OTHER, "Root", "step"),
+    ),
     "a name": ("other.py", "def load", "def read", Use(BASE, "load")),
     "a default": ("other.py", "retries: int = 3", "retries: int", Use(BASE, "load")),
     "a method that is overridden": ("other.py", "rows", "rows, step", Use(OTHER, "Root", "step")),
@@ -128,3 +133,21 @@ def test_the_version_that_was_only_compared_is_warned_of_and_has_no_stages(
     assert "not with 0.33" in (checks.version_problem() or "")
     monkeypatch.undo()
     assert checks.version_problem() is None
+
+
+@pytest.mark.parametrize(
+    ("version", "command", "said"),
+    [("0.34.0", "serve", "does not know vLLM 0.34.0"), ("0.33.0", "run-batch", "not with 0.33")],
+)
+def test_the_command_says_the_same(
+    version: str,
+    command: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("vllm.version.__version__", version)
+    monkeypatch.setattr(cli, "prepare", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "tiny-llava"])
+    assert ended.value.code == 2 and said in capsys.readouterr().err

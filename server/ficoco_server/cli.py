@@ -80,9 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from vllm_ficoco import versions
 
     try:
-        versions.check()
+        minor = versions.check()
     except RuntimeError as error:
         parser.error(str(error))
+    if minor != versions.TESTED and arguments[0] == "run-batch":
+        parser.error(f"run-batch works with vLLM {versions.TESTED}, not with {minor}")
     from ficoco_server.policy import Policy, PolicyError
 
     try:
