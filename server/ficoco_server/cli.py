@@ -83,8 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         minor = versions.check()
     except RuntimeError as error:
         parser.error(str(error))
-    if minor != versions.TESTED and arguments[0] == "run-batch":
-        parser.error(f"run-batch works with vLLM {versions.TESTED}, not with {minor}")
     from ficoco_server.policy import Policy, PolicyError
 
     try:
@@ -93,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     if policy.pressure and arguments[0] == "run-batch":
         parser.error("--reduction-pressure (FICOCO_PRESSURE) is for servers: nobody waits here")
+    if minor != versions.TESTED and arguments[0] == "run-batch":
+        parser.error(f"run-batch works with vLLM {versions.TESTED}, not with {minor}")
     commands[arguments[0]](rest, stages)
 
 
