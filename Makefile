@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types fast-test tools charts clean
+.PHONY: help serve test lint types fast-test next-vllm tools charts clean
 
 # `command -v` is not enough: a version manager's shim may exist without its Python.
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -68,6 +68,10 @@ types: $(INSTALLED) ## Check types
 
 fast-test: $(INSTALLED) ## Run the tests that start neither an engine nor a server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not engine and not server"
+
+NEXT ?= 0.33.0
+next-vllm: $(INSTALLED) ## Compare what is used of vLLM with another version's sources, and run fast tests on them
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.next_vllm $(NEXT)
 
 # Each in an environment of its own over this one: torch and what else fits is taken from below, so
 # that no tool brings CUDA's gigabytes. An environment reads the .pth files of its own folder alone.

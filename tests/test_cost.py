@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from transformers import MixtralConfig, Qwen2_5_VLTextConfig, Qwen3VLMoeTextConfig
 
+from benchmarks.quantised import WEIGHTS, arithmetic
 from vllm_ficoco.cost import Decoder, layer_flops, mlp_width, prefill_flops, prefill_flops_ratio
 
 LLAVA_7B = Decoder(
     layers=32, hidden_size=4096, intermediate_size=11008, heads=32, kv_heads=32, head_size=128
 )
 TEXT = 60
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -29,6 +33,18 @@ def test_kv_cache_of_the_paper(visual: int, megabytes: float) -> None:
     """Decimal megabytes of an fp16 cache."""
     held = (TEXT + visual) * LLAVA_7B.kv_bytes_per_token / 1e6
     assert held == pytest.approx(megabytes, abs=0.5 if megabytes == 333 else 0.05)
+
+
+def test_quantised_weights_in_results() -> None:
+    """The table after the paper's table 8 is what its command prints."""
+    results = (ROOT / "benchmarks/RESULTS.md").read_text()
+    assert f"\n\n{arithmetic()}\n" in results
+
+
+def test_bytes_of_a_model() -> None:
+    """7.06 B weights, 6.48 B of them in the decoder's projections."""
+    gigabytes = [weights.bytes / 1e9 for weights in WEIGHTS]
+    assert gigabytes == pytest.approx([14.1, 7.65, 4.5], abs=0.05)
 
 
 def test_bytes_of_a_token() -> None:

@@ -44,8 +44,13 @@ def register() -> None:
     initialises a GPU and costs start-up time.
 
     Raises:
-        RuntimeError: vLLM runs a batch, where budgets and policy would be lost without a word.
+        RuntimeError: this version of vLLM is not known; or vLLM runs a batch, where budgets and
+            policy would be lost without a word.
     """
+    from vllm_ficoco import versions
+
+    versions.check()  # before anything is imported that another version may not have
+
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 

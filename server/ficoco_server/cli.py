@@ -88,6 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if value is not None:
             os.environ[f"FICOCO_{name.upper()}"] = value
     prepare(os.environ, rest)
+    from vllm_ficoco import versions
+
+    try:
+        minor = versions.check()
+    except RuntimeError as error:
+        parser.error(str(error))
     from ficoco_server.policy import Policy, PolicyError
 
     try:
@@ -96,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     if policy.pressure and arguments[0] == "run-batch":
         parser.error("--reduction-pressure (FICOCO_PRESSURE) is for servers: nobody waits here")
+    if minor != versions.TESTED and arguments[0] == "run-batch":
+        parser.error(f"run-batch works with vLLM {versions.TESTED}, not with {minor}")
     commands[arguments[0]](rest, stages)
 
 
@@ -208,7 +216,10 @@ def _parse(
         usage: what the command needs.
         defaults: of its options, where ours are others.
     """
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    try:
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    except ImportError:  # since 0.33
+        from vllm.entrypoints.common.startup import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -289,6 +289,8 @@ class Answer(NamedTuple):
     """Tokens in every layer's KV list."""
     kept: dict[tuple[int, int], list[int]]
     """Places on the grid of the tokens that a method has left, by layer and image."""
+    apart: list[float]
+    """Where streams were given, the mean difference of each from what the loop had."""
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -307,6 +309,7 @@ def answer(
     new_tokens: int,
     turns: Tensor | None = None,
     levels: Tensor | None = None,
+    streams: Sequence[Tensor] = (),
 ) -> Answer:
     """Greedy generation.
 
@@ -320,6 +323,8 @@ def answer(
         new_tokens: how many to make.
         turns: (3, T and more) positions of three rows, where they are not those in the prompt.
         levels: (T, levels * D) what is added to the prompt behind each of the first layers.
+        streams: (rows, D) that come to each layer, and leave the last, of another run of the
+            prompt: every layer goes on from these, so that it can be compared by itself.
     """
     decoder = model.model.language_model
     config = decoder.config
@@ -327,10 +332,19 @@ def answer(
     size = config.hidden_size // heads
     cache: list[tuple[Tensor, Tensor] | None] = [None] * len(decoder.layers)
     kept: dict[tuple[int, int], list[int]] = {}
+    apart: list[float] = []
+
+    def follow(x: Tensor) -> Tensor:
+        if len(apart) == len(streams):
+            return x
+        given = streams[len(apart)]
+        apart.append(float((x - given).abs().mean()))
+        return given
 
     def forward(x: Tensor, position: list[int]) -> Tensor:
         before = x[:0]
         for number, layer in enumerate(decoder.layers):
+            x = follow(x)
 
             def project(x: Tensor, position: list[int], layer=layer) -> tuple[Tensor, ...]:
                 y, attention = layer.input_layernorm(x), layer.self_attn
@@ -391,6 +405,7 @@ def answer(
             if levels is not None and position[-1] < len(levels):
                 own = levels[position, number * x.shape[1] : (number + 1) * x.shape[1]]
                 x = x + own if own.shape[1] else x
+        x = follow(x)
         return model.lm_head(decoder.norm(x[-1]))
 
     first = logits = forward(embeds, list(range(len(embeds))))
@@ -399,4 +414,4 @@ def answer(
         words = decoder.embed_tokens(torch.tensor(made[-1:]))
         logits = forward(words, [len(embeds) + len(made) - 1])
         made.append(int(logits.argmax()))
-    return Answer(made, first, [len(entry[0]) for entry in cache if entry], kept)
+    return Answer(made, first, [len(entry[0]) for entry in cache if entry], kept, apart)

@@ -19,7 +19,11 @@ from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateReque
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.platforms import current_platform
-from vllm.renderers.chat_utils import _KNOWN_CONTENT_PART_FIELDS
+
+try:
+    from vllm.renderers.chat_utils import _KNOWN_CONTENT_PART_FIELDS
+except ImportError:  # since 0.33
+    from vllm.renderers.chat_utils.chat_message import _KNOWN_CONTENT_PART_FIELDS
 
 from ficoco_server import cli, metrics, protocol
 from ficoco_server.api_router import Guard, _refusal

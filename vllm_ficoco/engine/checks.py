@@ -9,6 +9,7 @@ from typing import Any
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.sampling_params import SamplingParams
 
+from vllm_ficoco import versions
 from vllm_ficoco.vision.geometry import geometry_of
 
 SCHEDULER = "vllm_ficoco.engine.scheduler.make_scheduler"
@@ -87,7 +88,20 @@ def needs_whole_prompt(params: SamplingParams) -> str | None:
     return next((name for name in names if getattr(params, name) is not None), None)
 
 
+def version_problem() -> str | None:
+    """What is wrong with this version of vLLM; None where nothing is.
+
+    Stages override what its scheduler and its KV cache do, which no comparison of parameters tells.
+    """
+    minor = versions.check()
+    if minor == versions.TESTED:
+        return None
+    return f"are tested with vLLM {versions.TESTED}, not with {minor}"
+
+
 def _problems(config: VllmConfig) -> Iterator[str]:
+    if problem := version_problem():
+        yield problem
     scheduler, parallel, model = (
         config.scheduler_config,
         config.parallel_config,
