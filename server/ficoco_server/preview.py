@@ -124,6 +124,7 @@ def shown(reducer: Reducer, engine_input: Any, sizes: str) -> Shown:
     """
     ((width, height, seen),) = engine_input[sizes]
     ((reduction, layout, *_),) = reducer.made(engine_input)
+    assert layout is not None
     area: Area = seen
     parts = reduction is not None and reducer.geometry.parts(reduction, layout=layout)
     note = None
@@ -253,9 +254,9 @@ async def _answer(request: PreviewRequest, raw_request: Request) -> JSONResponse
         async with previews.turn():
             found = await previews.look(chat, state.openai_serving_chat)
     except GracefulHTTPError as refused:
-        error = create_error_response(refused)
-        code = error.error.code
-        return JSONResponse(error.model_dump(), code, RETRY_AFTER if code != 403 else None)
+        said = create_error_response(refused)
+        code = said.error.code
+        return JSONResponse(said.model_dump(), code, RETRY_AFTER if code != 403 else None)
     if isinstance(found, ErrorResponse):
         return JSONResponse(found.model_dump(), found.error.code)
     return JSONResponse(found)

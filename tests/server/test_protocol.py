@@ -509,7 +509,7 @@ def asked(reducer: Reducer, *images: Packed, **fields: Any) -> tuple[Any, dict[s
     request = ChatRequest.model_validate(body(*(image() for _ in images), TEXT, **fields))
     reducer.settle(request, request.messages)
     start, places = 10, []
-    for reduction, layout, _ in images:
+    for reduction, layout, *_ in images:
         length = reducer.geometry.kept(reduction, layout=layout)
         places.append(PlaceholderRange(start, length))
         start += length

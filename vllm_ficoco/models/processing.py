@@ -509,7 +509,7 @@ class ReducingProcessor:
         where: Any = kwargs.get(_WHERE_KEY)
         settled = []
         for video, layout in enumerate(self.video_layouts(processed)):
-            reduction, _, question = asked[video]
+            reduction, _, question, *_ = asked[video]
             try:
                 self.geometry.kept(reduction, layout=layout)
                 reduction = reduction and reduction.for_tokens(layout.sent)
