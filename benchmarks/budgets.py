@@ -22,7 +22,10 @@ unseen, so no cache hides a prefill. Each figure is the median of the rounds; ra
 within a round, against vllm-ficoco with reduction off.
 
 Ideals come from :mod:`vllm_ficoco.cost`: FLOPs for tower and prefill, bytes of weights and KV cache
-for a decode step. ``of ideal`` is the measured speed-up of a prefill over the promised one.
+for a decode step. ``of ideal`` is the measured speed-up of a prefill over the promised one. What a
+machine makes of so few rows is no fault of a reduction: with ``--words``, ``of words`` is the time
+of a prefill of as many words, without any image, over that of the prefill, where every layer of the
+decoder has as many rows.
 
 All engines run with equal flags. With decoder stages on a GPU these must be flags that stages
 allow (:mod:`vllm_ficoco.engine.checks`); "off, on a server with stages" against "off" is then what
@@ -165,8 +168,8 @@ class Probe:
         """Serves a batch.
 
         Args:
-            asked: ``seed``, ``batch``, ``tokens`` of each answer, ``reduction`` or None, and
-                whether to time its ``stages``.
+            asked: ``seed``, ``batch``, ``tokens`` of each answer, ``reduction`` or None, whether to
+                time its ``stages``, and whether a prefill of as many ``words``, too.
 
         Returns:
             Seconds of tower and prefill and, where asked, of the reduction within each, of the
@@ -204,6 +207,9 @@ class Probe:
                 answer.update(self.spent)
                 answer["peak_bytes"] = self.memory.peak()
                 answer["kv_bytes"] = self.held_bytes() / asked["batch"]
+        rows = {*layout["rows"]}
+        if asked["words"] and len(rows) == 1:
+            answer["words_s"] = self.words(asked["batch"], *rows)
         return {
             "tower_reduction_s": 0.0,
             "decoder_reduction_s": 0.0,
@@ -212,6 +218,18 @@ class Probe:
             "ttft_s": median(first.values()),
             "decode_s": median(steps),
         }
+
+    def words(self, batch: int, count: int) -> float:
+        """Seconds of a prefill of a batch of prompts of so many words."""
+        from vllm import SamplingParams
+
+        self.spent.clear()
+        for number in range(batch):
+            prompt = {"prompt_token_ids": [5 + (number + i) % 32 for i in range(count)]}
+            self.engine.add_request(f"words-{number}", prompt, SamplingParams(max_tokens=1))
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        return self.spent["prefill_s"]
 
     def held_bytes(self) -> float:
         """KV cache that all requests hold now."""
@@ -454,7 +472,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     seed += 1
                     given = reduction.model_dump() if reduction else None
                     question = {"seed": seed, "batch": batch, "tokens": args.tokens}
-                    answer = children[engine]({**question, "reduction": given, "stages": stages})
+                    question |= {"reduction": given, "stages": stages, "words": args.words}
+                    answer = children[engine](question)
                     answer["prefill_flops"] = prefill_flops(answer["rows"], decoder)
                     answer["decode_bytes"] = decode_bytes(answer["rows"], decoder, batch)
                     answers[name] = answer
@@ -484,6 +503,7 @@ TIMES = (
     "speed-up",
     "ideal",
     "of ideal",
+    "of words",
     "reduction / prefill",
     "TTFT, ms",
     "of off",
@@ -537,6 +557,7 @@ def times_of(
     of_ideal = [1 / ratio / ideal for ratio in against("prefill_s")]
     timed = list(zip(*stages, strict=True))
     in_tower = median(m["tower_reduction_s"] / o["tower_s"] for m, o in timed)
+    of_words = [m["words_s"] / m["prefill_s"] for m in mine if "words_s" in m]
     in_prefill = median(m["decoder_reduction_s"] / m["prefill_s"] for m, _ in timed)
     return [
         name,
@@ -548,6 +569,7 @@ def times_of(
         f"{speed_up:.2f}",
         f"{ideal:.2f}",
         spread(of_ideal),
+        spread(of_words) if of_words else "-",
         f"{in_prefill:.4f}",
         ms(mine, "ttft_s"),
         spread(against("ttft_s")),
@@ -649,6 +671,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--cudagraph-mode", help="of every engine; FULL_DECODE_ONLY where there are stages")
     add("--compilation-mode", type=int, help="of every engine on a GPU, as vLLM counts them")
     add("--cpu-time", action="store_true", help="CPU seconds of the process: a shared machine's")
+    add("--words", action="store_true", help="time prefills of as many words, too")
     add("--no-stock", action="store_true", help="an engine less, where memory is short")
     add("--out", type=Path, default=Path("reports/budgets.json"))
     add("--probe", help=argparse.SUPPRESS)

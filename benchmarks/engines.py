@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -418,6 +419,13 @@ def in_turn(children: Sequence[Child], rounds: int) -> list[tuple[Any, ...]]:
     for child in children:
         child.close()
     return answers[2:]
+
+
+def notched(ratios: Sequence[float]) -> str:
+    """Their median, and how far medians of such rounds must be apart to differ (McGill, Tukey and
+    Larsen 1978, notches of box plots: 1.57 quartile distances over the square root of rounds)."""
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.3f} +- {1.57 * (high - low) / len(ratios) ** 0.5:.3f}"
 
 
 def environment() -> None:

@@ -38,6 +38,7 @@ from engines import (
     decoder,
     environment,
     in_turn,
+    notched,
     prompts,
     serve,
 )
@@ -108,10 +109,15 @@ def off(rounds: int, folder: Path | None) -> None:
     )
 
 
-def decode_child(folder: str, starts: list[int], requests: int) -> None:
-    """Answers with the median of the decode steps of a batch that reduces nothing.
+STEPS, LASTS = 6, 32  # steps of a round, and rounds of a batch
 
-    On a CPU in CPU time: ``OMP_NUM_THREADS=1`` keeps idle threads from being counted as busy.
+
+def decode_child(folder: str, starts: list[int], requests: int) -> None:
+    """Answers with the median of a few decode steps of a batch that reduces nothing.
+
+    The batch goes on from one answer to the next, so that rounds are short: what else a machine
+    does changes over seconds. On a CPU in CPU time: ``OMP_NUM_THREADS=1`` keeps idle threads from
+    being counted as busy.
     """
     import torch
     from vllm import SamplingParams
@@ -124,18 +130,23 @@ def decode_child(folder: str, starts: list[int], requests: int) -> None:
     llm = engine(
         Path(folder), dtype="float32", max_num_batched_tokens=1024, block_size=32, **options
     ).llm_engine
-    params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
+    params = SamplingParams(max_tokens=8 + STEPS * LASTS, temperature=0, ignore_eos=True)
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 
     def step_seconds(seed: int) -> float:
-        for i, prompt in enumerate(prompts(seed, requests)):
-            llm.add_request(f"{seed}-{i}", prompt, params)
+        if seed % LASTS == 0:
+            while llm.has_unfinished_requests():
+                llm.step()
+            for i, prompt in enumerate(prompts(seed, requests)):
+                llm.add_request(f"{seed}-{i}", prompt, params)
+            for _ in range(8):  # all decode after that
+                llm.step()
         steps = []
-        while llm.has_unfinished_requests():
+        for _ in range(STEPS):
             start = clock()
             llm.step()
             steps.append(clock() - start)
-        return statistics.median(steps[-48:])  # all decode by then
+        return statistics.median(steps)
 
     serve(step_seconds)
 
@@ -165,11 +176,10 @@ def stages(folder: Path, rounds: int, requests: int) -> None:
     print("\n| `--reduction-stages` | KV cache groups | decode step, ms | ratio to none |")
     print("| --- | --- | --- | --- |")
     for i, (starts, name) in enumerate(zip(layouts, names, strict=True)):
-        ratios = sorted(row[i] / row[0] for row in times)
         print(
             f"| {name or 'none'} | {len(parts(spans(starts, 32), 32, packed))} | "
             f"{1000 * statistics.median(row[i] for row in times):.2f} | "
-            f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) |"
+            f"{notched([row[i] / row[0] for row in times])} |"
         )
 
 
@@ -320,6 +330,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the tower (CPUs may lack bf16)")
     parser.add_argument("--methods", default="", help="tower: these alone, with commas")
     parser.add_argument("--native", action="store_true", help="off: a tiny Qwen2.5-VL")
+    parser.add_argument(
+        "--options", action="append", default=[], help="front: a server more, with these of vLLM's"
+    )
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--starts", default="", help=argparse.SUPPRESS)
     parser.add_argument("--manager", help=argparse.SUPPRESS)
@@ -337,7 +350,7 @@ def main() -> None:
     elif args.what == "images":
         images(args.rounds)
     elif args.what == "front":
-        front(args.rounds)
+        front(args.rounds, options=args.options)
     else:
         with tempfile.TemporaryDirectory() as folder:
             if args.what == "stages":

@@ -81,11 +81,15 @@ def test_a_closing_newline_stays(processor: Processor) -> None:
         shown(processor, 5, visual_token_budget=1)
 
 
-def test_squares_that_do_not_fit_are_refused(processor: Processor) -> None:
-    """vLLM counts ceil(7 / 2) tokens a row of patches and makes 3."""
+def test_frames_that_vllm_miscounts_are_refused(processor: Processor) -> None:
+    """Of squares that do not fit it counts ceil(7 / 2) tokens a row of patches and makes 3; and
+    OneVision's it makes by a stride of 2, whatever stride it counts by."""
     config = AutoConfig.from_pretrained(processor.of.info.ctx.model_config.model)
     if config.model_type != "llava_next_video":
         assert geometry_of(config).grid == (7, 7), "interpolation makes as many as are counted"
+        config.spatial_pool_stride = 3
+        with pytest.raises(UnsupportedModel, match="spatial_pool_stride = 3"):
+            geometry_of(config)
         return
     config.vision_config.image_size = 49
     with pytest.raises(UnsupportedModel, match="7 x 7 patches"):

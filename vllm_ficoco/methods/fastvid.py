@@ -40,6 +40,7 @@ from vllm_ficoco.methods.paradigm import (
     AcrossFrames,
     Evidence,
     Options,
+    distances,
     on_device,
     take,
 )
@@ -103,13 +104,10 @@ def weights(segment: Tensor, every: int) -> Tensor:
 def peaks(frames: Tensor, salient: Tensor) -> Tensor:
     """(F, n): rho * delta of the tokens (F, n, D) that are not salient (F, n)."""
     _, n, width = frames.shape
-    at_once, found = max(1, EVIDENCE_BYTES // (12 * n * max(n, width))), []
+    at_once, found = max(1, EVIDENCE_BYTES // (24 * n * max(n, width))), []
     place = torch.arange(n, device=frames.device)
     for some, out in zip(frames.split(at_once), salient.split(at_once), strict=True):
-        # Not by products, whose rounding would decide where tokens are long and alike.
-        hidden = some.float()
-        apart = torch.cdist(hidden, hidden, compute_mode="donot_use_mm_for_euclid_dist")
-        apart = apart / width**0.5
+        apart = distances(some) / width**0.5
         apart = apart.masked_fill(out[:, None] | out[..., None], torch.inf)
         near = apart.topk(min(_NEIGHBOURS, n), dim=-1, largest=False).values
         there = near.isfinite()

@@ -829,6 +829,20 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.transpose(-1, -2)
 
 
+def distances(x: Tensor) -> Tensor:
+    """(B, n, n) float32: Euclidean distances of tokens (B, n, D), as exact as float32 inputs are.
+
+    By products, which take a sixth of the time of differences; in double precision, as in single
+    their rounding would decide where tokens are long and alike. What is nearer than that is 0, so
+    that equal tokens stay equal.
+    """
+    wide = x.double()
+    squares = wide.square().sum(-1)
+    both = squares[..., None] + squares[:, None]
+    apart = torch.baddbmm(both, wide, wide.mT, alpha=-2)
+    return apart.masked_fill_(apart < 1e-13 * both, 0.0).sqrt().float()
+
+
 def on_device(values: list[int], device: torch.device) -> Tensor:
     """Numbers of the host on a device as int64, without waiting for it."""
     on_host = torch.tensor(values, dtype=torch.int64)

@@ -42,6 +42,7 @@ from vllm_ficoco.methods.paradigm import (
     Steps,
     Tokens,
     VisionOptions,
+    distances,
     highest,
     merge,
     places,
@@ -71,22 +72,17 @@ def shares(tokens: int, first: int, _: int) -> list[int]:
     return [first, second, round(second * max(0.2, 2 * p - 1))]
 
 
-def _distances(x: Tensor) -> Tensor:
-    """(B, n, n); not by products, whose rounding would decide where tokens are long and alike."""
-    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-
-
 def clusters(
     tokens: Tokens, evidence: DecoderEvidence, count: int, options: ViTCoPOptions
 ) -> Tensor:
     """(B, n): the cluster of every token, from 0; algorithm 2."""
     place = evidence.spots(tokens.position)
-    hidden = tokens.hidden.float()
-    apart = _distances(hidden)
+    apart = distances(tokens.hidden)
     others = apart + torch.diag(apart.new_full((len(tokens),), torch.inf))
     density = (-((others / options.distance) ** 2)).exp().sum(-1)
     denser = density[:, None] > density[..., None]  # (B, i, j): j is denser than i
-    near = _distances(place) <= options.reach
+    # Not by products: the reach may be a whole number of places.
+    near = torch.cdist(place, place, compute_mode="donot_use_mm_for_euclid_dist") <= options.reach
     distance, parent = apart.masked_fill(~(denser & near), torch.inf).min(-1)
     # A token with nothing denser in reach has an infinite distance: it is a centre before others.
     importance = torch.where(distance.isinf(), torch.inf, density * distance)

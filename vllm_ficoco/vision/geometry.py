@@ -539,6 +539,12 @@ def _llava(config: Any) -> Geometry:
             f"spatial_pool_stride = {config.spatial_pool_stride}: vLLM counts tokens for those at "
             "the edges, and makes none"
         )
+    stride = getattr(config, "spatial_pool_stride", 2)
+    if config.model_type == "llava_onevision" and stride != 2:
+        raise UnsupportedModel(
+            f"spatial_pool_stride = {stride}: vLLM counts a video's tokens by it, and makes them "
+            "by 2"
+        )
     if config.model_type != "llava" and not isinstance(chosen, int):
         raise UnsupportedModel(
             "features of several layers of the tower cannot be reduced (vision_feature_layer = "
