@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from vllm.config import CompilationMode, CUDAGraphMode, KVEventsConfig
 
+from vllm_ficoco import versions
 from vllm_ficoco.engine.checks import SCHEDULER, StagesError, check, check_backend
 from vllm_ficoco.tiny_llava import CHECKPOINT
 from vllm_ficoco.vision.geometry import geometry_of
@@ -27,6 +28,12 @@ def config() -> Any:
         scheduler_cls=SCHEDULER,
         hf_overrides={"reduction_stages": [2, 4]},
     ).create_engine_config()
+
+
+@pytest.fixture(autouse=True)
+def tested_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with others is in test_next_vllm.py."""
+    monkeypatch.setattr("vllm.version.__version__", versions.TESTED + ".0")
 
 
 def put(path: str, value: object) -> Callable[[Any], None]:
