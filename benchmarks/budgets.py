@@ -251,7 +251,7 @@ class Probe:
         prompt, cache = request.num_prompt_tokens, self.engine.vllm_config.cache_config
         size, packed = cache.block_size, cache.effective_attention_block_size is None
         geometry = geometry_of(self.engine.vllm_config.model_config.hf_config)
-        asked, layout, _ = packed_of(request.mm_features[0].data)
+        asked, layout, *_ = packed_of(request.mm_features[0].data)
         keep = [place.length] * len(geometry.starts)
         if asked is not None:
             keep = geometry.held(asked, layout=layout)[1:]
