@@ -199,8 +199,8 @@ def proxy(server: Server, checkout: Path) -> Iterator[str]:
     """litellm's proxy as README starts it, before the server."""
     # Else it asks GitHub for a list of prices.
     env = environment("litellm", checkout) | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    config = here(block("yaml", "hosted_vllm"), server, (": none", f": {API_KEY}"))
-    config = here(config, server, ("Bearer none", f"Bearer {API_KEY}"))
+    keys = ((": none", f": {API_KEY}"), ("Bearer none", f"Bearer {API_KEY}"))
+    config = here(block("yaml", "hosted_vllm"), server, *keys)
     (checkout / "litellm.yaml").write_text(config)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
