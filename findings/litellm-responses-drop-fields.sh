@@ -6,14 +6,13 @@
 # Source:    litellm/responses/utils.py: get_requested_response_api_optional_param keeps the keys of OpenAI's own parameters
 # Behaviour: before a vLLM server (`hosted_vllm/`), the proxy passes fields that OpenAI does not have on from
 #            /v1/chat/completions. From /v1/responses it drops them without a word, status 200; only what is inside an object
-#            `extra_body` gets through. vLLM takes `top_k` and `cache_salt` in both.
+#            `extra_body` gets through. vLLM takes `top_k` and `repetition_penalty` in both.
 # Expected:  the same in both, or a 400 as for parameters that a provider does not have.
-# Means:     a budget in a responses request is lost on the way, and so is the salt that keeps one tenant's cached prefixes from
-#            another's. README's table says where to put it.
+# Means:     a budget in a responses request is lost on the way. README's table says where to put it.
 # Seen:
-#   chat/completions passes on: ['cache_salt', 'top_k']
+#   chat/completions passes on: ['repetition_penalty', 'top_k']
 #   responses passes on: []
-#   responses, inside extra_body, passes on: ['cache_salt', 'top_k']
+#   responses, inside extra_body, passes on: ['repetition_penalty', 'top_k']
 set -euo pipefail
 folder=$(mktemp -d); trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv" || exit 2
@@ -70,7 +69,7 @@ model_list:
     litellm_params: {model: hosted_vllm/m, api_base: http://127.0.0.1:$upstream/v1, api_key: none}
 YAML
 python3 "$folder/upstream.py" "$upstream" "$folder/asked" &
-LITELLM_LOCAL_MODEL_COST_MAP=True "$folder/venv/bin/litellm" --config "$folder/litellm.yaml" --host 127.0.0.1 --port "$port" > "$folder/log" 2>&1 &
+LITELLM_MASTER_KEY=sk-any LITELLM_LOCAL_MODEL_COST_MAP=True "$folder/venv/bin/litellm" --config "$folder/litellm.yaml" --host 127.0.0.1 --port "$port" > "$folder/log" 2>&1 &
 for _ in $(seq 120); do
   curl --silent --fail --output /dev/null "http://127.0.0.1:$port/health/liveliness" && break
   sleep 1
@@ -81,12 +80,14 @@ import sys
 import urllib.request
 
 port, asked = sys.argv[1:]
-ours = {"cache_salt": "tenant-1", "top_k": 5}
+ours = {"repetition_penalty": 1.1, "top_k": 5}
 
 
 def passed_on(name, path, body):
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/{path}", json.dumps({"model": "m", **body}).encode(), {"content-type": "application/json"}
+        f"http://127.0.0.1:{port}/v1/{path}",
+        json.dumps({"model": "m", **body}).encode(),
+        {"content-type": "application/json", "authorization": "Bearer sk-any"},
     )
     try:
         urllib.request.urlopen(request, timeout=60).read()

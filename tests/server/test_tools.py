@@ -241,8 +241,10 @@ def test_litellm(server: Server, checkout: Path, proxy: str) -> None:
     snippet, shown = block("python", "proxy = "), block("text", "tiny-llava-48")
     assert "http://127.0.0.1:4000" in snippet
     code = shlex.quote(snippet.replace("http://127.0.0.1:4000", proxy))
-    assert run(f"{sys.executable} -c {code}", checkout, dict(os.environ)) == shown
-    client = openai.OpenAI(base_url=proxy, api_key="none", max_retries=0)
+    (key,) = re.findall(r"LITELLM_MASTER_KEY=(\S+)", block("bash", "litellm --config"))
+    env = os.environ | {"LITELLM_MASTER_KEY": key}
+    assert run(f"{sys.executable} -c {code}", checkout, env) == shown
+    client = openai.OpenAI(base_url=proxy, api_key=key, max_retries=0)
     chunks = list(
         client.chat.completions.create(
             model=MODEL,
@@ -258,5 +260,5 @@ def test_litellm(server: Server, checkout: Path, proxy: str) -> None:
         client.chat.completions.create(
             model=MODEL, messages=user(image()), extra_body={"visual_token_budget": 0}
         )
-    listed = httpx.get(f"{proxy}/v1/reduction", headers={"Authorization": "Bearer none"})
+    listed = httpx.get(f"{proxy}/v1/reduction", headers={"Authorization": f"Bearer {key}"})
     assert listed.json() == server.http.get("/v1/reduction").json()
