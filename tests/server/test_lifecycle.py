@@ -93,7 +93,7 @@ def ends(server: Server, seconds: float = 20) -> int | None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.process.wait(seconds)
     assert eventually(lambda: not members(pid), seconds), members(pid)
-    return server.process.returncode
+    return server.process.poll()
 
 
 def refuses(server: Server) -> bool:

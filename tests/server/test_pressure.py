@@ -480,6 +480,7 @@ def test_a_crowded_server_gives_less_and_says_so(small: Server) -> None:
     with crowded(small):  # by another long answer: the first one may soon be over
         streamed = respond(small, turn(input_image(15)), stream=True)
         assert held(streamed["reduction"]["images"]) == [LESS]
+    with crowded(small):
         # Images of earlier turns follow the request.
         more = respond(small, turn(input_image(16)), previous_response_id=first["id"])
         assert held(more["reduction"]["images"]) == [LESS] * 2

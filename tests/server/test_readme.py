@@ -118,7 +118,7 @@ def served() -> Iterator[None]:
 
 @pytest.mark.server
 def test_the_snippet_prints_what_the_readme_shows(served: None) -> None:
-    snippet, shown = block("python", "night.png"), block("text", "144 144")
+    snippet, shown = block("python", "127.0.0.1:8000/v1"), block("text", "144 144")
     run = subprocess.run(
         [sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
