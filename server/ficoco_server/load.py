@@ -17,31 +17,6 @@ from ficoco_server.policy import Policy, PolicyError
 from ficoco_server.pressure import Engine, Pressure, load
 
 
-class Waiting(AggregateStatLoggerBase):
-    """Remembers how many requests wait for every engine.
-
-    Args:
-        engine_indexes: of the engines.
-    """
-
-    def __init__(self, engine_indexes: list[int]) -> None:
-        self.waiting = dict.fromkeys(engine_indexes, 0)
-
-    def record(
-        self,
-        scheduler_stats: Any,
-        iteration_stats: Any,
-        mm_cache_stats: Any = None,
-        engine_idx: int = 0,
-    ) -> None:
-        """As vLLM calls it, after the answers of a step have been handed on."""
-        if scheduler_stats is not None:
-            self.waiting[engine_idx] = scheduler_stats.num_waiting_reqs
-
-    def log_engine_initialized(self) -> None:
-        """Nothing to say."""
-
-
 class Listener(AggregateStatLoggerBase):
     """Remembers what every engine has told last.
 
@@ -50,7 +25,9 @@ class Listener(AggregateStatLoggerBase):
         heard: called after every step.
     """
 
-    def __init__(self, engine_indexes: list[int], heard: Callable[[], object]) -> None:
+    def __init__(
+        self, engine_indexes: list[int], heard: Callable[[], object] = lambda: None
+    ) -> None:
         self.engines = {index: Engine() for index in engine_indexes}
         self._heard = heard
 
@@ -63,8 +40,11 @@ class Listener(AggregateStatLoggerBase):
     ) -> None:
         """As vLLM calls it, after the answers of a step have been handed on."""
         if scheduler_stats is not None:
-            told = Engine(scheduler_stats.kv_cache_usage, scheduler_stats.num_running_reqs)
-            self.engines[engine_idx] = told
+            self.engines[engine_idx] = Engine(
+                scheduler_stats.kv_cache_usage,
+                scheduler_stats.num_running_reqs,
+                scheduler_stats.num_waiting_reqs,
+            )
             self._heard()
 
     def log_engine_initialized(self) -> None:
@@ -122,15 +102,15 @@ def busy(engine_client: Any, pressure: Pressure) -> Callable[[], bool]:
     config, processor = engine_client.vllm_config, engine_client.output_processor
     loggers, scheduler = engine_client.logger_manager, config.scheduler_config
     places = scheduler.max_num_seqs * config.parallel_config.data_parallel_size
-    listener = None
+    listener = Listener([])
     if loggers is not None and not config.parallel_config.enable_elastic_ep:
-        listener = Waiting(loggers.engine_indexes)
+        listener = Listener(loggers.engine_indexes)
         loggers.stat_loggers.append(listener)
 
     def is_busy() -> bool:
         requests = processor.get_num_unfinished_requests()
         # Without requests, figures of any are old.
-        waiting = sum(listener.waiting.values()) if listener is not None and requests else 0
+        waiting = sum(engine.waiting for engine in listener.engines.values()) if requests else 0
         return pressure.look() or waiting > 0 or requests >= places
 
     return is_busy

@@ -29,6 +29,8 @@ class Engine(NamedTuple):
     """Share of its blocks that requests hold."""
     running: int = 0
     """Requests that hold them."""
+    waiting: int = 0
+    """Requests that hold none yet."""
 
 
 def load(engines: Sequence[Engine], places: int, requests: int, entering: int = 0) -> float:

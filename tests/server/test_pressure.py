@@ -352,7 +352,7 @@ class Client:
         return self.requests
 
     def tell(self, engine: int, usage: float, running: int) -> None:
-        told = SimpleNamespace(kv_cache_usage=usage, num_running_reqs=running)
+        told = SimpleNamespace(kv_cache_usage=usage, num_running_reqs=running, num_waiting_reqs=0)
         [logger] = self.logger_manager.stat_loggers
         logger.record(told, None, mm_cache_stats=None, engine_idx=engine)
         logger.record(None, None, mm_cache_stats=None, engine_idx=engine)
