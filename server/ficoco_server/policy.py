@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -157,11 +157,8 @@ class Policy(BaseModel):
             raise PolicyError(
                 "the default method cannot be 'none': leave out the default budget instead"
             )
-        if self.default_method not in self.methods:
-            raise PolicyError(
-                f"the default method {self.default_method!r} ({_names('default_method')}) is not "
-                f"among the allowed ones: {', '.join(self.methods)} ({_names('methods')})"
-            )
+        default = f"the default method {self.default_method!r} ({_names('default_method')})"
+        self._check_allowed(self.default_method, default)
         limit = self.max_budget or MAX_BUDGET
         if self.min_budget > limit:
             raise PolicyError(
@@ -170,43 +167,48 @@ class Policy(BaseModel):
             )
         for name in ("default_budget", "low_budget", "high_budget"):
             value = getattr(self, name)
-            if isinstance(value, int) and not self.min_budget <= value <= limit:
-                raise PolicyError(
-                    f"the {name.replace('_', ' ')} {value} ({_names(name)}) is outside of the "
-                    f"server's own limits, {self.min_budget} to {limit}"
-                )
+            self._check_within(value, f"the {name.replace('_', ' ')} {value} ({_names(name)})")
 
         for text in self.graphs:
             method, budget = declared(text)
-            if method not in self.methods:
-                raise PolicyError(
-                    f"{text} ({_names('graphs')}) is by a method that is not among the allowed "
-                    f"ones: {', '.join(self.methods)} ({_names('methods')})"
-                )
-            if isinstance(budget, int) and not self.min_budget <= budget <= limit:
-                raise PolicyError(
-                    f"{text} ({_names('graphs')}) is outside of the server's own limits, "
-                    f"{self.min_budget} to {limit}"
-                )
+            self._check_allowed(method, f"{text} ({_names('graphs')}) is by a method that")
+            self._check_within(budget, f"{text} ({_names('graphs')})")
 
         for name in self.alias:
             reduction, whose = self.named(name), _whose(name)
-            if reduction.method not in (*self.methods, NO_REDUCTION):
-                raise PolicyError(
-                    f"{whose}: the method {reduction.method!r} is not among the allowed ones: "
-                    f"{', '.join(self.methods)} ({_names('methods')})"
-                )
-            if reduction.method == NO_REDUCTION and self.max_budget is not None:
+            if reduction.method != NO_REDUCTION:
+                self._check_allowed(reduction.method, f"{whose}: the method {reduction.method!r}")
+            elif self.max_budget is not None:
                 raise PolicyError(
                     f"{whose}: images may not stay unreduced, the largest budget is "
                     f"{self.max_budget} ({_names('max_budget')})"
                 )
             said = self.alias[name].get("budget")  # if by stage, or auto, the model is asked
-            if isinstance(said, int) and not self.min_budget <= said <= limit:
-                raise PolicyError(
-                    f"{whose}: the budget {said} is outside of the server's own limits, "
-                    f"{self.min_budget} to {limit}"
-                )
+            self._check_within(said, f"{whose}: the budget {said}")
+
+    def _check_allowed(self, method: str, what: str) -> None:
+        """Whether a method is one of the allowed ones.
+
+        Raises:
+            PolicyError: it is not; the sentence begins with what it is.
+        """
+        if method not in self.methods:
+            raise PolicyError(
+                f"{what} is not among the allowed ones: {', '.join(self.methods)} "
+                f"({_names('methods')})"
+            )
+
+    def _check_within(self, budget: object, what: str) -> None:
+        """Whether a budget that is a number is within the limits.
+
+        Raises:
+            PolicyError: it is not; the sentence begins with what it is.
+        """
+        limit = self.max_budget or MAX_BUDGET
+        if isinstance(budget, int) and not self.min_budget <= budget <= limit:
+            raise PolicyError(
+                f"{what} is outside of the server's own limits, {self.min_budget} to {limit}"
+            )
 
     def named(self, alias: str) -> Reduction:
         """What an image gets of which nobody says more than this name of the model.
@@ -332,24 +334,31 @@ class Policy(BaseModel):
         """What :data:`GRAPHS_KEY` of the model's configuration says: the settings of
         ``graphs``, and those that images get by themselves or by a word (default, low, auto, the
         model's names)."""
-        method, own = self.default_method, list[str]()
-        if METHODS[method].fits_a_graph:
-            budgets = (
-                self.default_budget if self.default_budget != AUTO else None,
-                self.low_budget or f"1/{LOW_SHARE}",
-                *self.auto_budgets,
-                # What shares of the tokens that are outside of the limits become.
-                self.min_budget if self.min_budget > 1 else None,
-                self.max_budget,
+        by_word: list[tuple[str, Sequence[int | str | None]]] = [
+            (
+                self.default_method,
+                (
+                    self.default_budget if self.default_budget != AUTO else None,
+                    self.low_budget or f"1/{LOW_SHARE}",
+                    *self.auto_budgets,
+                    # What shares of the tokens that are outside of the limits become.
+                    self.min_budget if self.min_budget > 1 else None,
+                    self.max_budget,
+                ),
             )
-            own = [f"{method}@{budget}" for budget in budgets if budget not in (None, "1")]
-        for name in self.alias:
-            named = self.named(name)
+        ]
+        for named in map(self.named, self.alias):
             usual = named.options == METHODS[named.method].options().model_dump(mode="json")
-            if METHODS[named.method].fits_a_graph and named.method != NO_REDUCTION and usual:
+            if named.method != NO_REDUCTION and usual:
                 waits = isinstance(named, AutoBudget)
-                budgets = self.auto_budgets if waits else (named.budget,)
-                own += [f"{named.method}@{b}" for b in budgets if b not in (None, "1")]
+                by_word.append((named.method, self.auto_budgets if waits else (named.budget,)))
+        own = [
+            f"{method}@{budget}"
+            for method, budgets in by_word
+            if METHODS[method].fits_a_graph
+            for budget in budgets
+            if budget not in (None, "1")
+        ]
         return list(dict.fromkeys([*self.graphs, *own]))
 
     def auto(self) -> AutoBudget:
