@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from loadtest.report import Line, groups
+from loadtest.report import Line, groups, markdown
 from loadtest.traffic import FULL, TEXT, Mix, Setting
 
 OBJECTIVES = ("ttft", "tpot", "e2el")
@@ -174,13 +174,6 @@ def as_measured(mix: Mix, figures: Mapping[str, Figures]) -> Figures | None:
     return None
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """As markdown; numbers with four digits."""
-    lines = [heads, ["---"] * len(heads)]
-    lines += [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def arithmetic(title: str, needed: Need) -> str:
     """How many replicas, and how that comes about."""
     rows: list[Sequence[object]] = [
@@ -191,7 +184,7 @@ def arithmetic(title: str, needed: Need) -> str:
     rows.append(("sum", sum(p.rate for p in needed.parts), "", time, "", kv))
     heads = ("", "requests/s", "/ of one replica", "= replicas", "x % of its KV", "= KV caches")
     return (
-        f"## {title}: {needed.replicas}\n\n{table(heads, rows)}\n"
+        f"## {title}: {needed.replicas}\n\n{markdown(heads, rows)}\n"
         f"time: {time:.4g} / {needed.use:g} = {needed.by_rate:.4g}, "
         f"KV cache: {kv:.4g} / {needed.kv_use:g} = {needed.by_kv:.4g}; "
         f"the larger, rounded up: **{needed.replicas}**\n"
@@ -216,7 +209,7 @@ def report(mix: Mix, rate: float, figures: Mapping[str, Figures], use: float, kv
     ]
     heads = ("", "at once", "requests/s", "% of the KV cache for a request", "% used at most")
     text = (
-        f"# {rate:g} requests/s of {mix}\n\nOne replica, as measured:\n\n{table(heads, rows)}\n"
+        f"# {rate:g} requests/s of {mix}\n\nOne replica, as measured:\n\n{markdown(heads, rows)}\n"
         f"{arithmetic('Replicas', needed)}\n{arithmetic('Without budgets', full)}"
     )
     its = as_measured(mix, figures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,18 +64,25 @@ def against_unreduced(group: Iterable[Line], by_round: dict[tuple[int, int], Lin
     ]
 
 
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; numbers with four digits."""
+    lines = [heads, ["---"] * len(heads)]
+    lines += [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 def table(lines: list[Line]) -> str:
     """All settings at every concurrency, as markdown."""
     bases = {(x["round"], x["concurrency"]): x for x in lines if x["setting"] == UNREDUCED}
     used = {n: r for n, r in COLUMNS.items() if any(r(line) is not None for line in lines)}
     heads = ["concurrency", "setting", "of unreduced requests/s", *used]
-    rows = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    rows = []
     for (setting, concurrency), group in groups(lines).items():
         ratios = against_unreduced(group, bases)
         ratio = f"{median(ratios):.2f}" if ratios else ""
-        cells = [str(concurrency), setting, ratio, *(cell(group, read) for read in used.values())]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows) + "\n"
+        cells = (cell(group, read) for read in used.values())
+        rows.append([str(concurrency), setting, ratio, *cells])
+    return markdown(heads, rows)
 
 
 def write(folder: Path, accuracy: Path | None = None) -> str:

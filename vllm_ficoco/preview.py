@@ -34,6 +34,10 @@ MOST = 8
 is not asked for, and is forgotten when others come."""
 
 
+Area = tuple[float, float, float, float]
+"""Left, top, right and bottom of a part of a picture, in widths and heights of it."""
+
+
 class Mark(str):
     """Of an image that is followed. A client can send words, but none of this type."""
 

@@ -12,11 +12,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from vllm_ficoco.preview import ENTERED, Step
+from vllm_ficoco.preview import ENTERED, Area, Step
 from vllm_ficoco.vision.layout import Layout, Raster
-
-Area = tuple[float, float, float, float]
-"""Left, top, right and bottom, in widths and heights of a picture."""
 
 _ORDER = ("tower", "output", ENTERED, "decoder")
 

@@ -25,10 +25,10 @@ from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
 from ficoco_server.metrics import Observation
-from ficoco_server.places import Area, Places, followed
+from ficoco_server.places import Places, followed
 from ficoco_server.protocol import ChatRequest, meant
 from ficoco_server.reducer import Reducer
-from vllm_ficoco.preview import FETCH, WORKER_EXTENSION, Mark, Step
+from vllm_ficoco.preview import FETCH, WORKER_EXTENSION, Area, Mark, Step
 from vllm_ficoco.settings import BUDGET_KEY, REDUCTION_KEY, SettingsError
 
 PATH = "/v1/reduction/preview"

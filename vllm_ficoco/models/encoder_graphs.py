@@ -110,8 +110,7 @@ class EncoderGraphs(SupportsEncoderCudaGraph):
             reduction = packed.reduction
             reduced = reduction is not None and self.geometry.parts(reduction)
             path = paths.get(reduction) if reduction and reduced else WHOLE
-            if packed.mark:  # a graph notes nothing
-                path = None
+            path = None if packed.mark else path  # a graph notes nothing
             return Known(reduction, path, self.geometry.kept(reduction))
 
         return known

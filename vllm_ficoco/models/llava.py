@@ -25,8 +25,7 @@ from vllm_ficoco.models.encoder_graphs import EncoderGraphs
 from vllm_ficoco.models.layered import FLAT_TOWER, LayeredModel
 from vllm_ficoco.models.pixels import PlainPixels
 from vllm_ficoco.models.processing import ReducingProcessor
-
-Area = tuple[float, float, float, float]
+from vllm_ficoco.preview import Area
 
 
 def seen_by(processor: Any, width: int, height: int) -> Area:

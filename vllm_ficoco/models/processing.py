@@ -39,7 +39,7 @@ from vllm.multimodal.processing.processor import PromptUpdateDetails
 from vllm_ficoco.models import defaults
 from vllm_ficoco.models.question import questions
 from vllm_ficoco.packed import PACKED_FIELDS, Packed, pack, packed_of
-from vllm_ficoco.preview import PREVIEW_KEY, Mark
+from vllm_ficoco.preview import PREVIEW_KEY, Area, Mark
 from vllm_ficoco.settings import (
     BUDGET_KEY,
     MODALITIES,
@@ -245,9 +245,8 @@ class ReducingProcessor:
         """
         raise NotImplementedError
 
-    def seen_of(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of what the tower sees of an image as a whole, in widths and
-        heights of it."""
+    def seen_of(self, width: int, height: int) -> Area:
+        """What the tower sees of an image as a whole."""
         return 0.0, 0.0, 1.0, 1.0
 
     def smaller_sizes(
