@@ -101,12 +101,17 @@ def turn(*parts: dict[str, Any]) -> list[Any]:
     return [{"role": "user", "content": [*parts, question]}]
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 @contextlib.contextmanager
 def running(command: list[str], log: Path, **environment: str) -> Iterator[Server]:
     """A server process on a free port, stopped at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ours = ("FICOCO_", "VLLM_PLUGINS", "PROMETHEUS_")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     flags = ["--host=127.0.0.1", f"--port={port}", f"--api-key={API_KEY}", "--enforce-eager"]
@@ -172,6 +177,16 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
     if not eventually(ready, 300):
         pytest.fail(f"the server did not start:\n{log.read_text()[-5000:]}")
+
+
+def end(process: subprocess.Popen[bytes], how: signal.Signals, seconds: float) -> None:
+    """Signal a command's process group, and kill it where that has not done in time."""
+    os.killpg(process.pid, how)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -24,8 +24,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server.conftest import MODEL, eventually, image, input_image, turn, user
-from tests.server.test_router import free_port
+from tests.server.conftest import MODEL, eventually, free_port, image, input_image, turn, user
 
 ROOT = Path(__file__).parents[2]
 RAY = ROOT / "deploy/ray"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.conftest import API_KEY, MODEL, Server
+from tests.server.conftest import API_KEY, MODEL, Server, end
 from vllm_ficoco.engine.checks import DECODERS
 from vllm_ficoco.methods import METHODS
 from vllm_ficoco.vision.geometry import FAMILIES, Geometry
@@ -108,12 +107,7 @@ def served() -> Iterator[None]:
                 time.sleep(1)
         yield
     finally:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end(process, signal.SIGINT, 30)
 
 
 @pytest.mark.server

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.server.conftest import (
     TOKENS,
     Server,
     eventually,
+    free_port,
     image,
     input_image,
     running,
@@ -51,13 +51,6 @@ class Routed(NamedTuple):
     def counted(self, name: str, **labels: str) -> list[float]:
         """A series of each server."""
         return [value(server.metrics(), name, **labels) for server in self.servers]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @pytest.fixture(scope="module")

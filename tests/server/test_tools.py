@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,7 +30,9 @@ from tests.server.conftest import (
     MODEL,
     TOKENS,
     Server,
+    end,
     eventually,
+    free_port,
     image,
     input_image,
     turn,
@@ -202,9 +203,7 @@ def proxy(server: Server, checkout: Path) -> Iterator[str]:
     keys = ((": none", f": {API_KEY}"), ("Bearer none", f"Bearer {API_KEY}"))
     config = here(block("yaml", "hosted_vllm"), server, *keys)
     (checkout / "litellm.yaml").write_text(config)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = block("bash", "litellm --config").replace("--port 4000", f"--port {port}")
     url = f"http://127.0.0.1:{port}"
     log = checkout / "litellm.log"
@@ -228,12 +227,7 @@ def proxy(server: Server, checkout: Path) -> Iterator[str]:
         assert eventually(ready, 120), log.read_text()[-3000:]
         yield url
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end(process, signal.SIGTERM, 20)
 
 
 def test_litellm(server: Server, checkout: Path, proxy: str) -> None:
